@@ -1,0 +1,5 @@
+"""Temporary."""
+
+
+def install() -> None:
+    """Nothing."""

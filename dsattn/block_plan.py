@@ -1,0 +1,259 @@
+"""BlockPlan: which key blocks each query block reads. The only thing a kernel knows about a method.
+
+A plan describes positions, not tokens: with a token order, position ``p`` of head ``h`` holds token
+``order[b, h, p]``; without one, positions are tokens. Blocks are runs of consecutive positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Tail = Literal["none", "pooled"]
+TAILS: tuple[Tail, ...] = ("none", "pooled")
+
+
+@dataclass(frozen=True, eq=False)
+class BlockPlan:
+    """Frozen value: the block-sparse pattern of one attention call.
+
+    Leading dimensions ``b`` and ``h`` of every tensor are 1 (shared by all) or ``batch`` / ``heads``.
+
+    Args:
+        batch, heads: what the leading dimensions broadcast to.
+        q_len, k_len: number of query and key tokens.
+        block_q, block_k: positions per block; with ``q_starts`` / ``k_starts`` the tile a kernel should use.
+        counts: ``[b, h, Nq]`` int32, number of key blocks that each query block reads.
+        indices: ``[b, h, Nq, K]`` int32, their indices; entries at and behind ``counts`` are padding (0).
+            Entries of one row are distinct; their order is the order in which kernels visit them.
+        q_order, k_order: ``[b, h, len]`` int64, token at each position; None keeps the given order.
+        q_starts, k_starts: ``[b, h, N + 1]`` int32, first position of every block for variable-size blocks
+            (clusters), non-decreasing, from 0 to the length; blocks may be empty. None: fixed-size blocks,
+            the last one partial.
+        key_lengths: ``[batch]`` int32, number of key positions that may be read (padded text behind them
+            never enters); None means all. At least 1, and every row keeps a block with a readable key.
+        tail: what the blocks that are not kept contribute. ``"none"``: nothing. ``"pooled"``: block j with
+            n_j readable keys enters the same softmax as one key, its mean, with weight n_j and the mean
+            value; recomputed from the current k and v at every call.
+
+    """
+
+    batch: int
+    heads: int
+    q_len: int
+    k_len: int
+    block_q: int
+    block_k: int
+    counts: Tensor
+    indices: Tensor
+    q_order: Tensor | None = None
+    k_order: Tensor | None = None
+    q_starts: Tensor | None = None
+    k_starts: Tensor | None = None
+    key_lengths: Tensor | None = None
+    tail: Tail = "none"
+
+    def __post_init__(self) -> None:
+        if self.tail not in TAILS:
+            raise ValueError(f"tail must be one of {', '.join(TAILS)}, got {self.tail!r}")
+        lead = self.counts.shape[:2]
+        if self.counts.ndim != 3 or lead[0] not in (1, self.batch) or lead[1] not in (1, self.heads):
+            raise ValueError(
+                f"counts must be [1 or {self.batch}, 1 or {self.heads}, Nq], got {tuple(self.counts.shape)}"
+            )
+        if self.counts.shape[2] != self.num_q_blocks:
+            raise ValueError(f"counts must have {self.num_q_blocks} query blocks, got {self.counts.shape[2]}")
+        if self.indices.ndim != 4 or self.indices.shape[:3] != self.counts.shape:
+            raise ValueError(f"indices must be {tuple(self.counts.shape)} + [K], got {tuple(self.indices.shape)}")
+        for name, length in (("q_order", self.q_len), ("k_order", self.k_len)):
+            order = getattr(self, name)
+            if order is not None and order.shape[-1] != length:
+                raise ValueError(f"{name} must be [b, h, {length}], got {tuple(order.shape)}")
+        if self.key_lengths is not None and self.key_lengths.shape != (self.batch,):
+            raise ValueError(f"key_lengths must be [{self.batch}], got {tuple(self.key_lengths.shape)}")
+
+    # -- construction ---------------------------------------------------------------------------------
+
+    @classmethod
+    def from_mask(
+        cls,
+        mask: Tensor,
+        q_len: int,
+        k_len: int,
+        *,
+        batch: int,
+        heads: int,
+        block_q: int = 64,
+        block_k: int = 64,
+        q_order: Tensor | None = None,
+        k_order: Tensor | None = None,
+        q_starts: Tensor | None = None,
+        k_starts: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        tail: Tail = "none",
+    ) -> BlockPlan:
+        """Plan from a block map ``[b, h, Nq, Nk]`` bool; key blocks are visited in ascending order.
+
+        ``K`` is ``Nk``: no host synchronisation is needed to size the lists.
+        """
+        counts = mask.sum(dim=-1, dtype=torch.int32)
+        columns = torch.arange(mask.shape[-1], device=mask.device)
+        # Kept columns first, in ascending order: a stable sort on "not kept".
+        indices = torch.sort((~mask).to(torch.uint8), dim=-1, stable=True).indices
+        indices = indices.masked_fill(columns >= counts[..., None], 0).to(torch.int32)
+        return cls(
+            batch=batch,
+            heads=heads,
+            q_len=q_len,
+            k_len=k_len,
+            block_q=block_q,
+            block_k=block_k,
+            counts=counts,
+            indices=indices,
+            q_order=q_order,
+            k_order=k_order,
+            q_starts=q_starts,
+            k_starts=k_starts,
+            key_lengths=key_lengths,
+            tail=tail,
+        )
+
+    @classmethod
+    def dense(
+        cls, batch: int, heads: int, q_len: int, k_len: int, *, block_q: int = 64, block_k: int = 64,
+        device: torch.device | str = "cpu",
+    ) -> BlockPlan:  # fmt: skip
+        """Plan that keeps everything."""
+        shape = (1, 1, -(-q_len // block_q), -(-k_len // block_k))
+        mask = torch.ones(shape, dtype=torch.bool, device=device)
+        return cls.from_mask(mask, q_len, k_len, batch=batch, heads=heads, block_q=block_q, block_k=block_k)
+
+    def with_key_lengths(self, key_lengths: Tensor | None) -> BlockPlan:
+        """The same structure for a call in which other keys are padding."""
+        return replace(self, key_lengths=key_lengths)
+
+    # -- shape ----------------------------------------------------------------------------------------
+
+    @property
+    def num_q_blocks(self) -> int:
+        """Number of query blocks, empty clusters included."""
+        return -(-self.q_len // self.block_q) if self.q_starts is None else self.q_starts.shape[-1] - 1
+
+    @property
+    def num_k_blocks(self) -> int:
+        """Number of key blocks, empty clusters included."""
+        return -(-self.k_len // self.block_k) if self.k_starts is None else self.k_starts.shape[-1] - 1
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the plan's tensors."""
+        return self.counts.device
+
+    @cached_property
+    def q_edges(self) -> Tensor:
+        """``[b, h, Nq + 1]`` int64: first position of every query block, then ``q_len``."""
+        return _edges(self.q_len, self.block_q, self.q_starts, self.device)
+
+    @cached_property
+    def k_edges(self) -> Tensor:
+        """``[b, h, Nk + 1]`` int64: first position of every key block, then ``k_len``."""
+        return _edges(self.k_len, self.block_k, self.k_starts, self.device)
+
+    @cached_property
+    def q_sizes(self) -> Tensor:
+        """``[b, h, Nq]`` int64: queries per block."""
+        return self.q_edges.diff(dim=-1)
+
+    @cached_property
+    def k_sizes(self) -> Tensor:
+        """``[b, h, Nk]`` int64: readable keys per block; ``b`` is ``batch`` when ``key_lengths`` is set."""
+        edges = self.k_edges
+        if self.key_lengths is not None:
+            edges = edges.minimum(self.key_lengths.to(edges)[:, None, None])
+        return edges.diff(dim=-1)
+
+    # -- meaning --------------------------------------------------------------------------------------
+
+    @cached_property
+    def block_mask(self) -> Tensor:
+        """``[b, h, Nq, Nk]`` bool: the kept (query block, key block) pairs."""
+        columns = torch.arange(self.indices.shape[-1], device=self.device)
+        valid = columns < self.counts[..., None]
+        # Padding points at one extra column that is cut off again.
+        target = self.indices.long().masked_fill(~valid, self.num_k_blocks)
+        shape = (*self.counts.shape, self.num_k_blocks + 1)
+        return torch.zeros(shape, dtype=torch.bool, device=self.device).scatter_(-1, target, True)[..., :-1]
+
+    @cached_property
+    def density(self) -> Tensor:
+        """``[B, H]`` float32: exactly computed (query, key) pairs / all pairs, readable tokens only."""
+        keys = (self.block_mask.double() @ self.k_sizes.double()[..., None]).squeeze(-1)
+        kept = (keys * self.q_sizes).sum(-1)
+        pairs = self.q_len * self.k_sizes.sum(-1)
+        return (kept / pairs).float().expand(self.batch, self.heads)
+
+    def to_dense(self) -> Tensor:
+        """``[B, H, Sq, Sk]`` bool in original token order: the pairs computed exactly. For tests and pictures."""
+        q_block = _block_of(self.q_edges, self.q_len)
+        k_block = _block_of(self.k_edges, self.k_len)
+        lead = (self.batch, self.heads)
+        mask = self.block_mask.expand(*lead, -1, -1)
+        rows = torch.gather(mask, 2, q_block.expand(*lead, -1)[..., None].expand(*lead, -1, mask.shape[-1]))
+        pairs = torch.gather(rows, 3, k_block.expand(*lead, -1)[:, :, None, :].expand(*lead, self.q_len, -1))
+        if self.key_lengths is not None:
+            positions = torch.arange(self.k_len, device=self.device)
+            pairs = pairs & (positions < self.key_lengths[:, None, None, None])
+        if self.q_order is not None:
+            inverse = self.q_order.argsort(-1).expand(*lead, -1)
+            pairs = torch.gather(pairs, 2, inverse[..., None].expand_as(pairs))
+        if self.k_order is not None:
+            inverse = self.k_order.argsort(-1).expand(*lead, -1)
+            pairs = torch.gather(pairs, 3, inverse[:, :, None, :].expand_as(pairs))
+        return pairs
+
+    def validate(self) -> BlockPlan:
+        """Check what the constructor cannot without reading values (synchronises a GPU).
+
+        Raises:
+            ValueError: a row that keeps no readable key, an index out of range or twice in a row, an order
+                that is no permutation, or block starts that do not run from 0 to the length.
+
+        """
+        valid = torch.arange(self.indices.shape[-1], device=self.device) < self.counts[..., None]
+        kept = self.indices[valid]
+        if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= self.num_k_blocks):
+            raise ValueError(f"indices must lie in [0, {self.num_k_blocks}), got {int(kept.min())}..{int(kept.max())}")
+        if not torch.equal(self.block_mask.sum(-1), self.counts.long()):
+            raise ValueError("a row of indices names the same key block twice, or counts exceeds its length")
+        for name, edges, length in (("q", self.q_edges, self.q_len), ("k", self.k_edges, self.k_len)):
+            if bool((edges.diff(dim=-1) < 0).any()) or bool(
+                (edges[..., 0] != 0).any() | (edges[..., -1] != length).any()
+            ):
+                raise ValueError(f"{name}_starts must run from 0 to {length} without decreasing")
+        for name, order, length in (("q", self.q_order, self.q_len), ("k", self.k_order, self.k_len)):
+            if order is not None and not torch.equal(
+                order.sort(-1).values, torch.arange(length, device=self.device).expand_as(order)
+            ):
+                raise ValueError(f"{name}_order must be a permutation of 0..{length - 1} in every head")
+        readable = (self.block_mask & (self.k_sizes > 0)[:, :, None, :]).any(-1)
+        if bool((~readable & (self.q_sizes > 0)).any()):
+            raise ValueError(
+                "a query block keeps no key: every non-empty row must keep at least one readable key block"
+            )
+        return self
+
+
+def _edges(length: int, block: int, starts: Tensor | None, device: torch.device) -> Tensor:
+    if starts is not None:
+        return starts.long()
+    return torch.arange(0, length + block, block, device=device).clamp_(max=length)[None, None]
+
+
+def _block_of(edges: Tensor, length: int) -> Tensor:
+    """``[b, h, length]``: block that each position belongs to (empty blocks own nothing)."""
+    positions = torch.arange(length, device=edges.device).expand(*edges.shape[:2], -1).contiguous()
+    return torch.searchsorted(edges[..., 1:].contiguous(), positions, right=True)

@@ -1,0 +1,171 @@
+"""Engine: the stateful object a pipeline calls instead of its attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsattn.config import Config, build, load_config
+from dsattn.errors import StrictFallbackError, UsageError
+from dsattn.functional import attend, check_qkv, choose_impl, find_method
+from dsattn.grid import Call
+from dsattn.kernels import dense as dense_kernels
+from dsattn.schedule import Decision, decide
+from dsattn.state import Layout, RunState
+from dsattn.stats import RunStats, timed
+
+DenseAttention = Callable[[], Tensor]
+
+
+class Engine:
+    """One method with its schedule, cached plans and statistics. One engine per pipeline.
+
+    Args:
+        method: method name, or a ``Config``.
+        options: engine options (``dsattn.Config``) and options of the method, by flat name.
+
+    Raises:
+        UsageError: unknown method or option, or a value out of range.
+
+    """
+
+    def __init__(self, method: str | Config = "topk", **options: Any) -> None:
+        base = {"method": method} if isinstance(method, str) else method.to_dict()
+        self.config = Config.from_dict({**base, **options})
+        self.method = find_method(self.config.method)
+        engine_options = [f.name for f in dataclasses.fields(Config) if f.name not in ("method", "options")]
+        owner = f"method {self.method.name!r}"
+        self.method_config: Any = build(self.method.config, self.config.options, owner, engine_options)
+        self.state = RunState()
+        self.stats = RunStats()
+        self._last_step = -1
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        call: Call,
+        *,
+        dense: DenseAttention | None = None,
+        key_lengths: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Attention of one call, ``[B, S, H, D]`` in and out.
+
+        Args:
+            q, k, v: after norm and RoPE; all of one length, that of ``call.grid``.
+            call: where in model and run this is. A step before the last one starts a new run.
+            dense: runs the pipeline's own attention; used for dense steps, dense layers and fallbacks unless
+                ``Config.dense`` names a backend. None stands for SDPA.
+            key_lengths: ``[B]`` int, leading tokens that may be read as keys (padded text stands behind them).
+            scale: factor on q·k; None is ``1 / sqrt(D)``.
+
+        Raises:
+            StrictFallbackError: ``strict`` is set and the call would fall back to dense attention.
+
+        """
+        if call.step < self._last_step:
+            self.reset()
+        self._last_step = call.step
+        check_qkv(q, k, v)
+        run_dense = self._dense_attention(q, k, v, dense, key_lengths, scale)
+        layout = Layout.of(q, call)
+        entry = self.state.find(call, layout)
+        if self.method.name == "dense":
+            return self._run_dense(q, call, Decision("dense", "method"), run_dense)
+        decision = decide(self.config, call, entry.step if entry else None)
+        if decision.action == "dense":
+            return self._run_dense(q, call, decision, run_dense)
+        if not q.shape[1] == k.shape[1] == call.grid.tokens:
+            tokens = f"{q.shape[1]} queries and {k.shape[1]} keys"
+            return self.fallback(call, f"{tokens} do not fit the grid's {call.grid.tokens} tokens", run_dense, q)
+
+        impl, _ = choose_impl(q, self.config.impl)
+        record = self.stats.add(call, q, decision.action, decision.reason, impl)
+        if entry is None or decision.action == "refresh":
+            with timed(record, "plan_s", q.device, self.config.timing):
+                plan = self.method.plan(q, k, v, call, self.method_config)
+            self.state.store(call, plan, layout)
+        else:
+            plan = entry.plan
+        if key_lengths is not None:
+            plan = plan.with_key_lengths(key_lengths.to(device=q.device, dtype=torch.int32))
+        with timed(record, "attend_s", q.device, self.config.timing):
+            out: Tensor = attend(q, k, v, plan, impl=impl, scale=scale)
+        record.density = plan.density.mean(0)
+        return out
+
+    def fallback(self, call: Call | None, reason: str, dense: DenseAttention, q: Tensor | None = None) -> Tensor:
+        """Run dense attention where sparse attention was due; counted with its reason.
+
+        Raises:
+            StrictFallbackError: ``strict`` is set.
+
+        """
+        if self.config.strict:
+            where = f" (layer {call.layer}, step {call.step})" if call else ""
+            raise StrictFallbackError(f"strict: dense fallback{where}: {reason}")
+        record = self.stats.add(call, q, "fallback", reason, self.config.dense or "pipeline")
+        if q is None:
+            return dense()
+        with timed(record, "attend_s", q.device, self.config.timing):
+            return dense()
+
+    def reset(self) -> None:
+        """Forget plans and statistics: a new run starts."""
+        self.state.clear()
+        self.stats.clear()
+        self._last_step = -1
+
+    def summary(self) -> dict[str, Any]:
+        """Configuration, totals of the current run, and the memory its plans hold."""
+        return {
+            "method": self.method.name,
+            "config": {**self.config.to_dict(), **dataclasses.asdict(self.method_config)},
+            "plan_bytes": self.state.plan_bytes,
+            **self.stats.summary(),
+        }
+
+    def _run_dense(self, q: Tensor, call: Call, decision: Decision, dense: DenseAttention) -> Tensor:
+        record = self.stats.add(call, q, "dense", decision.reason, self.config.dense or "pipeline")
+        with timed(record, "attend_s", q.device, self.config.timing):
+            return dense()
+
+    def _dense_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dense: DenseAttention | None,
+        key_lengths: Tensor | None,
+        scale: float | None,
+    ) -> DenseAttention:
+        backend = self.config.dense
+        if backend is None and dense is not None:
+            return dense
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        return lambda: dense_kernels.attention(
+            q, k, v, backend=backend or "sdpa", scale=factor, key_lengths=key_lengths
+        )
+
+
+def as_engine(method: str | Path | Config | Engine = "topk", **options: Any) -> Engine:
+    """Engine from a method name, a config, the path of a YAML file, or an engine (which takes no options).
+
+    Raises:
+        UsageError: unknown method or option, a bad file, or options beside an engine.
+
+    """
+    if isinstance(method, Engine):
+        if options:
+            raise UsageError(f"an Engine is already configured; got options {', '.join(options)} beside it")
+        return method
+    if isinstance(method, Path) or (isinstance(method, str) and method.endswith((".yaml", ".yml"))):
+        return Engine(load_config(method), **options)
+    return Engine(method, **options)

@@ -1,0 +1,204 @@
+"""``plan`` and ``attend``: the two public steps every method and every kernel meets in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsattn.block_plan import BlockPlan
+from dsattn.config import IMPLS, build, require_choice
+from dsattn.errors import ImplUnavailableError, UsageError
+from dsattn.grid import Call
+from dsattn.methods import METHODS, Method
+
+# Best first; what cannot run is passed over, and choose_impl says why.
+AUTO: dict[str, tuple[str, ...]] = {
+    "cuda": ("triton", "torch"),
+    "cpu": ("flex", "torch"),
+}
+
+# Implementations take (q, k, v, plan, scale, need_lse).
+Implementation = Callable[[Tensor, Tensor, Tensor, BlockPlan, float, bool], tuple[Tensor, Tensor | None]]
+
+
+def find_method(name: str) -> Method:
+    """Method of that name.
+
+    Raises:
+        UsageError: no such method; lists the known ones.
+
+    """
+    if name not in METHODS:
+        raise UsageError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, method: str = "topk", **options: Any) -> BlockPlan:
+    """Make the block-sparse plan of one attention call.
+
+    Args:
+        q, k, v: ``[B, S, H, D]`` after norm and RoPE; S is ``call.grid.tokens``.
+        call: layer, step and token grid.
+        method: name in ``dsattn.METHODS``.
+        options: that method's options.
+
+    Raises:
+        UsageError: unknown method or option, or tensors that do not fit the grid.
+
+    """
+    chosen = find_method(method)
+    config: Any = build(chosen.config, options, f"method {method!r}")
+    check_qkv(q, k, v)
+    if q.shape[1] != call.grid.tokens or k.shape[1] != call.grid.tokens:
+        raise UsageError(f"q and k must have the grid's {call.grid.tokens} tokens, got {q.shape[1]} and {k.shape[1]}")
+    return chosen.plan(q, k, v, call, config)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    impl: str = "auto",
+    return_lse: bool = False,
+    scale: float | None = None,
+) -> Any:
+    """Attention over the kept blocks of a plan, and its tail.
+
+    Args:
+        q, k, v: ``[B, S, H, D]``, any strides; q and k may differ in length.
+        plan: from ``dsattn.plan`` or a ``BlockPlan`` of your own.
+        impl: ``"triton"``, ``"flex"`` (compiled FlexAttention), ``"torch"`` (gather + SDPA), ``"reference"`` (a
+            plain loop, the specification) or ``"auto"`` (the first of ``dsattn.functional.AUTO`` that can run).
+        return_lse: also return the natural log of the softmax denominator.
+        scale: factor on q·k; None is ``1 / sqrt(D)``.
+
+    Returns:
+        ``out [B, S, H, D]`` in q's dtype; with ``return_lse`` the pair ``(out, lse [B, H, S])``, lse in fp32.
+
+    Raises:
+        UsageError: tensors that fit neither each other nor the plan.
+        ImplUnavailableError: an implementation that was named cannot run here.
+
+    """
+    check_qkv(q, k, v)
+    want = (plan.batch, plan.q_len, plan.heads, plan.k_len)
+    came = (q.shape[0], q.shape[1], q.shape[2], k.shape[1])
+    if want != came:
+        raise UsageError(f"the plan is for (batch, queries, heads, keys) {want}, got tensors with {came}")
+    if plan.device != q.device:
+        raise UsageError(f"the plan is on {plan.device}, q is on {q.device}; make the plan from tensors on {q.device}")
+    name, _ = choose_impl(q, impl)
+    out, lse = _IMPLEMENTATIONS[name](q, k, v, plan, _scale(q, scale), return_lse)
+    return (out, lse) if return_lse else out
+
+
+def choose_impl(q: Tensor, impl: str = "auto") -> tuple[str, str]:
+    """Implementation that will run and why, ``(name, reason)``.
+
+    Raises:
+        UsageError: unknown name.
+        ImplUnavailableError: the named implementation, or all of ``auto``'s, cannot run here.
+
+    """
+    require_choice("impl", impl, IMPLS)
+    if impl != "auto":
+        if reason := why_not(q, impl):
+            raise ImplUnavailableError(f"impl={impl!r} cannot run: {reason}")
+        return impl, "asked for"
+    passed_over: list[str] = []
+    for name in AUTO.get(q.device.type, ("torch",)):
+        reason = why_not(q, name)
+        if reason is None:
+            return name, "; ".join(passed_over) or f"best for {q.device.type}"
+        passed_over.append(f"{name}: {reason}")
+    raise ImplUnavailableError(f"no implementation runs on {q.device}: {'; '.join(passed_over)}")
+
+
+def why_not(q: Tensor, impl: str) -> str | None:
+    """Reason why an implementation cannot run on a tensor like q, or None."""
+    if impl in ("torch", "reference"):
+        return None
+    if q.requires_grad and torch.is_grad_enabled():
+        return f"{impl} has no backward pass; use impl='torch' or torch.no_grad()"
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"{q.dtype} is not supported (float16, bfloat16, float32 are); use impl='torch' or 'reference'"
+    if impl == "flex":
+        if q.device.type == "cpu":
+            from dsattn.kernels import flex
+
+            reason = flex.why_unavailable()
+            return f"{reason}; use impl='torch'" if reason else None
+        return None
+    try:
+        from dsattn.kernels import block_sparse
+    except ImportError as error:
+        return f"the triton package cannot be imported ({error}); pip install triton, or use impl='torch'"
+    return block_sparse.why_unavailable(q.device)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Shapes, dtypes and devices of an attention call.
+
+    Raises:
+        UsageError: naming what does not fit.
+
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4 or 0 in x.shape:
+            raise UsageError(f"{name} must be [batch, tokens, heads, head_dim] and not empty, got {tuple(x.shape)}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise UsageError(f"{name} must be {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}")
+    if k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise UsageError(f"q, k, v must agree in batch, heads and head_dim, k and v in tokens; got {shapes}")
+    if not q.is_floating_point():
+        raise UsageError(f"q, k, v must be floating point, got {q.dtype}")
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+
+
+def _triton(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    from dsattn.kernels import block_sparse
+
+    return block_sparse.block_sparse_attention(q, k, v, plan, scale=scale)
+
+
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    from dsattn.kernels import flex
+
+    return flex.block_sparse_attention(q, k, v, plan, scale=scale, need_lse=need_lse)
+
+
+def _torch(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    from dsattn.kernels import gather
+
+    return gather.block_sparse_attention(q, k, v, plan, scale=scale, need_lse=need_lse)
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, need_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    from dsattn.kernels import reference
+
+    return reference.block_sparse_attention(q, k, v, plan, scale=scale)
+
+
+_IMPLEMENTATIONS: dict[str, Implementation] = {
+    "triton": _triton,
+    "flex": _flex,
+    "torch": _torch,
+    "reference": _reference,
+}

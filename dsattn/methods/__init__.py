@@ -1,0 +1,10 @@
+"""The registry of methods: ``METHODS[name]`` makes a BlockPlan. One file per method."""
+
+from dsattn.methods.base import Method
+from dsattn.methods.dense import METHOD as DENSE
+from dsattn.methods.radial import METHOD as RADIAL
+from dsattn.methods.topk import METHOD as TOPK
+
+METHODS: dict[str, Method] = {method.name: method for method in (DENSE, RADIAL, TOPK)}
+
+__all__ = ["METHODS", "Method"]

@@ -1,0 +1,58 @@
+"""What a method is: a config class and a function from one attention call to a BlockPlan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsattn.block_plan import BlockPlan
+from dsattn.grid import Call, VideoGrid
+
+# q, k, v [B, S, H, D] after norm and RoPE, the call, the method's config.
+PlanFunction = Callable[[Tensor, Tensor, Tensor, Call, Any], BlockPlan]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the registry.
+
+    Args:
+        name: the method's one name everywhere.
+        config: its frozen dataclass of options.
+        plan: makes the plan.
+        summary: one line for ``dsattn methods``.
+        source: paper or repository.
+        static: the plan depends on grid, shapes and options only, not on the values of q, k, v.
+
+    """
+
+    name: str
+    config: type
+    plan: PlanFunction
+    summary: str
+    source: str
+    static: bool = False
+
+
+def keep_exact_segments(mask: Tensor, grid: VideoGrid, block_q: int, block_k: int) -> Tensor:
+    """Block map with every block that holds text or prefix tokens kept, as row and as column.
+
+    Args:
+        mask: ``[..., Nq, Nk]`` bool over fixed-size blocks of the raster order; changed in place.
+
+    """
+    for start, stop in grid.exact_segments:
+        mask[..., start // block_q : -(-stop // block_q), :] = True
+        mask[..., start // block_k : -(-stop // block_k)] = True
+    return mask
+
+
+def aligned_blocks(length: int, block_q: int, block_k: int, device: torch.device) -> Tensor:
+    """``[Nq, Nk]`` bool: pairs of fixed-size blocks that share a position (the diagonal)."""
+    q_start = torch.arange(0, length, block_q, device=device)[:, None]
+    k_start = torch.arange(0, length, block_k, device=device)[None, :]
+    return (q_start < k_start + block_k) & (k_start < q_start + block_q)

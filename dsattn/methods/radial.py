@@ -1,0 +1,168 @@
+"""``radial``: a static mask whose diagonal narrows as the distance between frames grows.
+
+Source: Radial Attention, NeurIPS 2025 (arXiv 2506.19852) and its repository's mask rules.
+Differs in: blocks are cut from the true sequence, so any frame size and length is covered (the original
+drops the tail tokens of frames and sequence); a block that several frames share is judged once, on all its
+tokens; text and prefix rows and columns are exact for every model. ``compat="original"`` gives the
+repository's mask bit for bit where its blocks exist and keeps the remaining rows and columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dsattn.block_plan import BlockPlan
+from dsattn.config import require, require_choice
+from dsattn.grid import Call, VideoGrid
+from dsattn.methods.base import Method, aligned_blocks, keep_exact_segments
+
+# The original's constants: pairs of frames are thinned out below this window, a block is kept when more
+# than DENSE_COLUMNS of its used columns are more than COLUMN_DENSITY full.
+THINNING_WINDOW = 128
+COLUMN_DENSITY = 1 / 3
+DENSE_COLUMNS = 0.6
+
+
+@dataclass(frozen=True)
+class RadialConfig:
+    """Options of ``radial``.
+
+    Args:
+        decay: factor on the window of frames two or more apart, in (0, 1]; smaller is sparser.
+        block: tokens per block, 32, 64 or 128; also the narrowest window.
+        sink: every query reads the whole first frame (the original: yes for Wan, no for HunyuanVideo).
+        compat: ``"original"`` reproduces the published mask, ``"corrected"`` covers every token.
+
+    """
+
+    decay: float = 0.2
+    block: int = 64
+    sink: bool = True
+    compat: Literal["corrected", "original"] = "corrected"
+
+    def __post_init__(self) -> None:
+        require("decay", self.decay, (int, float), low=0, high=1)
+        require_choice("block", self.block, (32, 64, 128))
+        require("sink", self.sink, bool)
+        require_choice("compat", self.compat, ("corrected", "original"))
+
+
+def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: RadialConfig) -> BlockPlan:
+    """Static plan, shared by all heads and batch rows; made once per grid."""
+    batch, length, heads, _ = q.shape
+    mask = _mask(call.grid, config, q.device)
+    return BlockPlan.from_mask(
+        mask[None, None], length, length, batch=batch, heads=heads, block_q=config.block, block_k=config.block
+    )
+
+
+@lru_cache(maxsize=16)
+def _mask(grid: VideoGrid, config: RadialConfig, device: torch.device) -> Tensor:
+    block, length = config.block, grid.tokens
+    if config.compat == "original":
+        blocks = -(-length // block)
+        mask = torch.ones(blocks, blocks, dtype=torch.bool, device=device)
+        video = original_mask(grid.frames, grid.frame_tokens, config, device)
+        # The original has no text before the video and stops at the last whole block.
+        first, covered = grid.video_start // block, video.shape[0]
+        mask[first : first + covered, first : first + covered] = video
+    else:
+        mask = corrected_mask(grid, config, device)
+    mask |= aligned_blocks(length, block, block, device)
+    return keep_exact_segments(mask, grid, block, block)
+
+
+def window(distance: int, frame_tokens: int, config: RadialConfig) -> float | None:
+    """Half-width of the allowed diagonal between frames ``distance`` apart, in tokens; None if thinned out."""
+    reach = 2 ** frame_tokens.bit_length() / 2 ** distance.bit_length()
+    if distance <= 1:
+        return float(frame_tokens)
+    if reach < THINNING_WINDOW and distance % int(THINNING_WINDOW / reach) != 0:
+        return None
+    narrowed: float = max(reach * config.decay, float(config.block))
+    return narrowed
+
+
+def corrected_mask(grid: VideoGrid, config: RadialConfig, device: torch.device) -> Tensor:
+    """``[N, N]`` bool over the blocks of the whole sequence; columns are counted over true tokens only."""
+    block, size, start = config.block, grid.frame_tokens, grid.video_start
+    blocks = -(-grid.tokens // block)
+    token = torch.arange(grid.tokens, device=device)
+    video = (token >= start) & (token < grid.video_end)
+    frame, place = (token - start).div(size, rounding_mode="floor"), (token - start) % size
+    block_start = torch.arange(blocks, device=device)[:, None] * block
+    rows = (grid.tokens - block_start).clamp(max=block)
+    # Window per frame distance; -1 allows nothing.
+    windows = [window(d, size, config) for d in range(grid.frames)]
+    half = torch.tensor([-1.0 if w is None else w for w in windows], device=device).floor().long()
+    allowed = torch.zeros(blocks, grid.tokens, dtype=torch.int32, device=device)
+    for i in range(grid.frames):
+        # Rows of frame i inside each block, as places within the frame: [first, last].
+        first = (block_start - start - i * size).clamp(min=0)
+        last = (block_start + rows - 1 - start - i * size).clamp(max=size - 1)
+        touched = (last >= first).squeeze(1).nonzero().squeeze(1)
+        reach = half[(frame - i).abs().clamp(max=grid.frames - 1)]
+        if config.sink:
+            reach = torch.where(frame == 0, size, reach)
+        low = torch.maximum(first[touched], place - reach)
+        high = torch.minimum(last[touched], place + reach)
+        count = (high - low + 1).clamp(min=0) * (video & (reach >= 0))
+        allowed[touched] += count.int()
+    return _blocks_worth_keeping(allowed, rows, block)
+
+
+def original_mask(frames: int, size: int, config: RadialConfig, device: torch.device) -> Tensor:
+    """The repository's block map ``[⌊F·s/B⌋, ⌊F·s/B⌋]`` for the video part, defects included.
+
+    Every frame pair is drawn on a canvas of ``ceil(s/B)`` blocks at its offset within the block grid; what
+    sticks out of the canvas is lost, and so are blocks behind the last whole one.
+    """
+    block = config.block
+    total, canvas = frames * size // block, -(-size // block)
+    mask = torch.zeros(total, total, dtype=torch.bool, device=device)
+    for i in range(frames):
+        for j in range(frames):
+            reach = float(size) if config.sink and j == 0 else window(abs(i - j), size, config)
+            if reach is None:
+                continue
+            tile = _canvas_blocks(size, int(reach), i * size % block, j * size % block, block, canvas, device)
+            top, left = i * size // block, j * size // block
+            mask[top : top + canvas, left : left + canvas] |= tile[: total - top, : total - left]
+    return mask
+
+
+@lru_cache(maxsize=4096)
+def _canvas_blocks(
+    size: int, reach: int, row_offset: int, column_offset: int, block: int, canvas: int, device: torch.device
+) -> Tensor:
+    """Kept blocks of one frame pair's canvas, ``[canvas, canvas]`` bool."""
+    first = (torch.arange(canvas, device=device)[:, None] * block - row_offset).clamp(min=0)
+    last = (torch.arange(1, canvas + 1, device=device)[:, None] * block - row_offset - 1).clamp(max=size - 1)
+    place = torch.arange(canvas * block, device=device) - column_offset
+    count = torch.minimum(last, place + reach) - torch.maximum(first, place - reach) + 1
+    count = count.clamp(min=0) * ((place >= 0) & (place < size))
+    return _blocks_worth_keeping(count, torch.full((canvas, 1), block, device=device), block)
+
+
+def _blocks_worth_keeping(allowed: Tensor, rows: Tensor, block: int) -> Tensor:
+    """``[N, M]`` bool from allowed rows per (block row, column token) and true rows per block row ``[N, 1]``."""
+    columns = allowed.shape[1]
+    pad = -columns % block
+    share = torch.nn.functional.pad(allowed / rows, (0, pad)).view(allowed.shape[0], -1, block)
+    used, dense = (share > 0).sum(-1), (share > COLUMN_DENSITY).sum(-1)
+    return (used > 0) & (dense > DENSE_COLUMNS * used)
+
+
+METHOD = Method(
+    name="radial",
+    config=RadialConfig,
+    plan=plan,
+    summary="static diagonals that narrow with the distance between frames",
+    source="Radial Attention 2506.19852",
+    static=True,
+)

@@ -1,0 +1,119 @@
+"""``topk``: keep the key blocks with the largest mean-pooled scores, per query block and head.
+
+Source: the block selection common to MInference (arXiv 2407.02490), SpargeAttn (arXiv 2502.18137) and
+Sol-Attn (arXiv 2607.24027), with the latter's pooled tail.
+Differs in: scores weigh a block by its number of tokens, so that the partial last block is not overrated;
+selection is in fp32; the blocks on the diagonal, text and prefix are always kept; any sequence length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsattn.block_plan import TAILS, BlockPlan, Tail
+from dsattn.config import require, require_choice
+from dsattn.errors import UsageError
+from dsattn.grid import Call
+from dsattn.methods.base import Method, aligned_blocks, keep_exact_segments
+from dsattn.methods.scores import block_sizes, mean_pool
+from dsattn.orders import ORDERS, OrderName, token_order
+
+BLOCKS = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class TopkConfig:
+    """Options of ``topk``; ``density`` and ``top_p`` exclude each other.
+
+    Args:
+        density: share of key blocks kept per query block, in (0, 1], always-kept ones included; 0.2 if
+            neither is given.
+        top_p: keep the best blocks until their share of the estimated softmax mass reaches ``top_p``, in (0, 1];
+            the block that crosses the mark is kept.
+        block_q, block_k: tokens per block, one of 16, 32, 64, 128.
+        tail: what skipped blocks contribute, ``"pooled"`` or ``"none"``.
+        order: token order blocks are cut from, ``"raster"`` or ``"tile"`` (8 × 8 patches within a frame).
+
+    """
+
+    density: float | None = None
+    top_p: float | None = None
+    block_q: int = 64
+    block_k: int = 64
+    tail: Tail = "pooled"
+    order: OrderName = "tile"
+
+    def __post_init__(self) -> None:
+        if self.density is not None and self.top_p is not None:
+            raise UsageError(f"give density or top_p, not both; got density={self.density} and top_p={self.top_p}")
+        if self.top_p is None and self.density is None:
+            object.__setattr__(self, "density", 0.2)
+        for name in ("density", "top_p"):
+            value: Any = getattr(self, name)
+            if value is not None:
+                require(name, value, (int, float), low=0, high=1)
+                if value == 0:
+                    raise UsageError(f"{name} must be above 0, got {value!r}")
+        require_choice("block_q", self.block_q, BLOCKS)
+        require_choice("block_k", self.block_k, BLOCKS)
+        require_choice("tail", self.tail, TAILS)
+        require_choice("order", self.order, ORDERS)
+
+
+def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: TopkConfig) -> BlockPlan:
+    """Plan from the current q and k.
+
+    Args:
+        q, k, v: ``[B, S, H, D]`` after norm and RoPE; S must equal ``call.grid.tokens``.
+
+    """
+    batch, length, heads, dim = q.shape
+    order = token_order(call.grid, config.order, q.device)
+    q_pool = mean_pool(q, config.block_q, order)
+    k_pool = mean_pool(k, config.block_k, order)
+    sizes = block_sizes(length, config.block_k, q.device)
+    mass = (q_pool @ k_pool.transpose(-1, -2) * dim**-0.5 + sizes.log()).softmax(-1)
+
+    always = aligned_blocks(length, config.block_q, config.block_k, q.device)
+    always = keep_exact_segments(always.clone(), call.grid, config.block_q, config.block_k)
+    keep = _select(mass, always, config) | always
+    return BlockPlan.from_mask(
+        keep,
+        length,
+        length,
+        batch=batch,
+        heads=heads,
+        block_q=config.block_q,
+        block_k=config.block_k,
+        q_order=None if order is None else order[None, None],
+        k_order=None if order is None else order[None, None],
+        tail=config.tail,
+    )
+
+
+def _select(mass: Tensor, always: Tensor, config: TopkConfig) -> Tensor:
+    """``[B, H, Nq, Nk]`` bool: the kept blocks; ``always`` ones come first and use up budget."""
+    ranked = mass.masked_fill(always, torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    if config.top_p is None:
+        count = max(1, round((config.density or 0) * mass.shape[-1]))
+        chosen = (torch.arange(mass.shape[-1], device=mass.device) < count).expand_as(mass)
+    else:
+        shares = mass.gather(-1, ranked)
+        before = shares.cumsum(-1) - shares
+        # Rounding may leave a cumulated share just above top_p = 1: keep all then.
+        chosen = (before < config.top_p) | (config.top_p == 1)
+        chosen[..., 0] = True
+    return torch.zeros(mass.shape, dtype=torch.bool, device=mass.device).scatter_(-1, ranked, chosen)
+
+
+METHOD = Method(
+    name="topk",
+    config=TopkConfig,
+    plan=plan,
+    summary="largest mean-pooled block scores per query block, rest enters pooled",
+    source="MInference 2407.02490, SpargeAttn 2502.18137, Sol-Attn 2607.24027",
+)

@@ -1,0 +1,361 @@
+"""Block-sparse attention on the GPU: one flash-attention forward whose key loop follows a `BlockPlan`.
+
+One program computes one tile of ``BLOCK_M`` positions of one query block. It walks the key blocks its query
+block keeps, tile by tile, and then, with a pooled tail, the pooled keys of all blocks with the kept ones masked.
+Softmax runs online in the base-2 domain (Milakov & Gimelshein 2018; Dao 2023), accumulation in fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dsattn.block_plan import BlockPlan
+from dsattn.kernels.pooling import pool_blocks
+
+LOG2E = math.log2(math.e)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@triton.jit
+def _absorb(logits, scale, values, peak, total, acc, PRECISION: tl.constexpr):
+    """Take one tile of logits into the running softmax: peak and total ``[M]``, acc ``[M, DV]``, base 2.
+
+    ``scale`` is positive and multiplied here, so that it fuses with the subtraction. The first peak is finite:
+    a tile that is masked everywhere then leaves zeros, never NaN.
+    """
+    new_peak = tl.maximum(peak, tl.max(logits, 1) * scale)
+    weights = tl.exp2(logits * scale - new_peak[:, None])
+    decay = tl.exp2(peak - new_peak)
+    total = total * decay + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(values.dtype), values, acc * decay[:, None], input_precision=PRECISION)
+    return new_peak, total, acc
+
+
+@triton.jit
+def _forward(
+    Q, K, V, Out, Lse,
+    Counts, Indices,
+    QOrder, KOrder, TileBlock, TileStart, QStarts, KStarts, KeyLengths,
+    PooledK, PooledV, LogCount, Kept,
+    stride_qb, stride_qs, stride_qh, stride_qd,
+    stride_kb, stride_ks, stride_kh, stride_kd,
+    stride_vb, stride_vs, stride_vh, stride_vd,
+    stride_ob, stride_os, stride_oh,
+    stride_cb, stride_ch, stride_ib, stride_ih, stride_ii,
+    stride_qob, stride_qoh, stride_kob, stride_koh,
+    stride_tb, stride_th, stride_qsb, stride_qsh, stride_ksb, stride_ksh,
+    stride_mb, stride_mh, stride_mq,
+    q_len, k_len, q_blocks, k_blocks, heads, block_q, block_k, scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_Q: tl.constexpr, TILES_K: tl.constexpr,
+    HAS_Q_ORDER: tl.constexpr, HAS_K_ORDER: tl.constexpr,
+    HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr,
+    HAS_KEY_LENGTHS: tl.constexpr, HAS_TAIL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid ``(query tiles, heads, batch)``. ``scale`` includes log2(e); 64-bit wherever a length meets a stride."""
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+
+    # Which positions: [start, end) of query block `block`.
+    if HAS_Q_STARTS:
+        tile = b * stride_tb + h * stride_th + tl.program_id(0)
+        block = tl.load(TileBlock + tile)
+        if block >= q_blocks:  # the grid is an upper bound
+            return
+        start = tl.load(TileStart + tile)
+        end = tl.load(QStarts + b * stride_qsb + h * stride_qsh + block + 1)
+    else:
+        block = tl.program_id(0) // TILES_Q
+        start = block * block_q + (tl.program_id(0) % TILES_Q) * BLOCK_M
+        end = tl.minimum((block + 1) * block_q, q_len)
+        if start >= end:
+            return
+    positions = start + tl.arange(0, BLOCK_M)
+    in_block = positions < end
+    if HAS_Q_ORDER:
+        rows = tl.load(QOrder + b * stride_qob + h * stride_qoh + positions, mask=in_block, other=0).to(tl.int64)
+    else:
+        rows = positions.to(tl.int64)
+
+    dims = tl.arange(0, BLOCK_D)
+    dims_v = tl.arange(0, BLOCK_DV)
+    q_mask = in_block[:, None]
+    if BLOCK_D != D:
+        q_mask = q_mask & (dims < D)[None, :]
+    q_pointers = Q + b * stride_qb + h * stride_qh + rows[:, None] * stride_qs + dims[None, :] * stride_qd
+    q = tl.load(q_pointers, mask=q_mask, other=0.0)
+
+    peak = tl.full([BLOCK_M], -1e30, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+    # Exact part: the kept key blocks, in the order of the list.
+    K += b * stride_kb + h * stride_kh
+    V += b * stride_vb + h * stride_vh
+    if HAS_K_ORDER:
+        KOrder += b * stride_kob + h * stride_koh
+    if HAS_K_STARTS:
+        KStarts += b * stride_ksb + h * stride_ksh
+    Indices += b * stride_ib + h * stride_ih + block.to(tl.int64) * stride_ii
+    count = tl.load(Counts + b * stride_cb + h * stride_ch + block)
+    readable = k_len
+    if HAS_KEY_LENGTHS:
+        readable = tl.load(KeyLengths + b)
+    columns = tl.arange(0, BLOCK_N)
+
+    tiles = count * TILES_K
+    if HAS_K_STARTS:
+        tiles = _count_tiles(Indices, KStarts, count, readable, BLOCK_N)
+    item = 0
+    offset = 0
+    for t in range(tiles):
+        if HAS_K_STARTS:
+            j = tl.load(Indices + item)
+            k_start = tl.load(KStarts + j) + offset
+            k_end = tl.minimum(tl.load(KStarts + j + 1), readable)
+            finished = k_start + BLOCK_N >= k_end
+            item = tl.where(finished, item + 1, item)
+            offset = tl.where(finished, 0, offset + BLOCK_N)
+        else:
+            j = tl.load(Indices + t // TILES_K)
+            k_start = j * block_k + (t % TILES_K) * BLOCK_N
+            k_end = tl.minimum((j + 1) * block_k, readable)
+        in_range = columns < k_end - k_start
+        if HAS_K_ORDER:
+            tokens = tl.load(KOrder + k_start + columns, mask=in_range, other=0).to(tl.int64)
+            k_pointers = K + tokens[:, None] * stride_ks + dims[None, :] * stride_kd
+            v_pointers = V + tokens[:, None] * stride_vs + dims_v[None, :] * stride_vd
+        else:
+            first = k_start.to(tl.int64)
+            k_pointers = K + first * stride_ks + (columns[:, None] * stride_ks + dims[None, :] * stride_kd)
+            v_pointers = V + first * stride_vs + (columns[:, None] * stride_vs + dims_v[None, :] * stride_vd)
+        k_mask = in_range[:, None]
+        v_mask = in_range[:, None]
+        if BLOCK_D != D:
+            k_mask = k_mask & (dims < D)[None, :]
+        if BLOCK_DV != DV:
+            v_mask = v_mask & (dims_v < DV)[None, :]
+        k = tl.load(k_pointers, mask=k_mask, other=0.0)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        logits = tl.where(in_range[None, :], logits, float("-inf"))
+        v = tl.load(v_pointers, mask=v_mask, other=0.0)
+        peak, total, acc = _absorb(logits, scale, v, peak, total, acc, PRECISION)
+
+    # Tail: every block that is not kept enters as one pooled key with the logarithm of its size.
+    if HAS_TAIL:
+        pooled = (b * heads + h) * k_blocks
+        Kept += b * stride_mb + h * stride_mh + block.to(tl.int64) * stride_mq
+        for first_block in range(0, k_blocks, BLOCK_N):
+            blocks = first_block + columns
+            in_range = blocks < k_blocks
+            kept = tl.load(Kept + blocks, mask=in_range, other=1)
+            bias = tl.load(LogCount + pooled + blocks, mask=in_range, other=float("-inf"))
+            bias = tl.where(kept == 0, bias, float("-inf"))
+            pooled_rows = (pooled + blocks)[:, None]
+            k_mask = in_range[:, None]
+            v_mask = in_range[:, None]
+            if BLOCK_D != D:
+                k_mask = k_mask & (dims < D)[None, :]
+            if BLOCK_DV != DV:
+                v_mask = v_mask & (dims_v < DV)[None, :]
+            k = tl.load(PooledK + pooled_rows * D + dims[None, :], mask=k_mask, other=0.0)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias[None, :]
+            v = tl.load(PooledV + pooled_rows * DV + dims_v[None, :], mask=v_mask, other=0.0)
+            peak, total, acc = _absorb(logits, 1.0, v, peak, total, acc, PRECISION)
+
+    # A row without any readable key (no valid plan has one) gives zeros and -inf instead of NaN.
+    out = acc / tl.where(total > 0, total, 1.0)[:, None]
+    lse = tl.where(total > 0, (peak + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+    o_mask = in_block[:, None]
+    if BLOCK_DV != DV:
+        o_mask = o_mask & (dims_v < DV)[None, :]
+    o_pointers = Out + b * stride_ob + h * stride_oh + rows[:, None] * stride_os + dims_v[None, :]
+    tl.store(o_pointers, out.to(Out.dtype.element_ty), mask=o_mask)
+    tl.store(Lse + (b * heads + h) * q_len + rows, lse, mask=in_block)
+
+
+@triton.jit
+def _count_tiles(Indices, KStarts, count, readable, BLOCK_N: tl.constexpr):
+    """Key tiles that a list of ``count`` variable-size blocks needs; an empty block costs one masked tile."""
+    tiles = 0
+    for first in range(0, count, 128):
+        items = first + tl.arange(0, 128)
+        mask = items < count
+        j = tl.load(Indices + items, mask=mask, other=0)
+        k_start = tl.load(KStarts + j)
+        size = tl.minimum(tl.load(KStarts + j + 1), readable) - k_start
+        per_block = tl.maximum((size + BLOCK_N - 1) // BLOCK_N, 1)
+        tiles += tl.sum(tl.where(mask, per_block, 0))
+    return tiles
+
+
+class Tiles(NamedTuple):
+    """Compile-time shape of one program: tile of queries, tile of keys, warps, software pipeline stages."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+def pick_tiles(block_q: int, block_k: int, head_dim: int, dtype: torch.dtype, shared_memory: int) -> Tiles:
+    """Tile shape for a plan's block sizes (positions per block).
+
+    Args:
+        block_q, block_k: the plan's block sizes; a tile never spans two blocks.
+        head_dim: the larger of D and Dv.
+        dtype: of q, k, v.
+        shared_memory: bytes one program may use on the device (64 KiB on CDNA3 … 227 KiB on Hopper).
+    """
+    padded = max(16, triton.next_power_of_2(head_dim))
+    wide = dtype == torch.float32
+    # Most queries and keys per tile that compile without spills, from scripts/aot_report.py.
+    if wide:
+        most_m, most_n = (64, 32) if padded <= 64 else (32, 32) if padded <= 128 else (16, 16)
+    else:
+        most_m, most_n = (128, 64) if padded <= 128 else (64, 64)
+    block_m = min(most_m, max(16, triton.next_power_of_2(block_q)))
+    block_n = min(most_n, max(16, triton.next_power_of_2(block_k)))
+    warps = 8 if block_m * padded >= 128 * 128 else 4
+    stages = 3
+    while stages > 1 and _shared_bytes(block_m, block_n, padded, stages, dtype.itemsize) > shared_memory:
+        stages -= 1
+    return Tiles(block_m, block_n, warps, stages)
+
+
+def _shared_bytes(block_m: int, block_n: int, padded: int, stages: int, itemsize: int) -> int:
+    """Upper bound on a program's shared memory: the query tile, and keys and values of every stage."""
+    return itemsize * padded * (block_m + 2 * stages * block_n) + 4096
+
+
+def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention over the kept blocks of a plan, plus its tail; same contract as `reference`.
+
+    Args:
+        q, k, v: ``[B, S, H, D]`` on a CUDA or ROCm device, any strides, float16, bfloat16 or float32.
+        plan: pattern; its tensors on the same device.
+        scale: factor on q·k before the softmax.
+
+    Returns:
+        ``out [B, Sq, H, Dv]`` in q's dtype and ``lse [B, H, Sq]`` fp32, natural log, tail included.
+
+    Raises:
+        ValueError: tensors on the CPU (without Triton's interpreter), or a dtype that the kernel does not take.
+    """
+    _check(q, k, v, plan)
+    if scale <= 0:  # the kernel takes a positive factor; q·k·scale stays the same
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+    dtype = q.dtype
+    if _backend() == "interpreter" and dtype == torch.bfloat16:  # which the interpreter multiplies as integers
+        q, k, v = q.float(), k.float(), v.float()
+    batch, q_len, heads, dim = q.shape
+    dim_v = v.shape[-1]
+    tiles = pick_tiles(plan.block_q, plan.block_k, max(dim, dim_v), q.dtype, _shared_memory(q.device))
+    lead = (batch, heads)
+
+    def spread(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.contiguous().expand(*lead, *x.shape[2:])
+
+    def leading_strides(x: Tensor | None) -> tuple[int, int]:
+        return (0, 0) if x is None else (x.stride(0), x.stride(1))
+
+    counts = plan.counts.contiguous().expand(*lead, -1)
+    indices = plan.indices.contiguous().expand(*lead, -1, -1)
+    q_order, k_order, q_starts, k_starts = map(spread, (plan.q_order, plan.k_order, plan.q_starts, plan.k_starts))
+    tiles_q = triton.cdiv(plan.block_q, tiles.block_m)
+    programs = plan.num_q_blocks * tiles_q
+    tile_block = tile_start = None
+    if q_starts is not None:
+        tile_block, tile_start = map(spread, tile_table(plan, tiles.block_m))
+        programs = tile_block.shape[-1]
+    pooled_k = pooled_v = log_count = kept = None
+    if plan.tail == "pooled":
+        pooled_k, pooled_v, log_count = pool_blocks(k, v, plan)
+        pooled_k, pooled_v, log_count = pooled_k.to(q.dtype), pooled_v.to(q.dtype), log_count * LOG2E
+        kept = spread(plan.block_mask.view(torch.uint8))
+
+    out = torch.empty(batch, q_len, heads, dim_v, dtype=dtype, device=q.device)
+    lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        _forward[(programs, heads, batch)](
+            q, k, v, out, lse,
+            counts, indices,
+            q_order, k_order, tile_block, tile_start, q_starts, k_starts, plan.key_lengths,
+            pooled_k, pooled_v, log_count, kept,
+            *(q.stride(i) for i in range(4)), *(k.stride(i) for i in range(4)), *(v.stride(i) for i in range(4)),
+            *out.stride()[:3],
+            *leading_strides(counts), *indices.stride()[:3],
+            *leading_strides(q_order), *leading_strides(k_order),
+            *leading_strides(tile_block), *leading_strides(q_starts), *leading_strides(k_starts),
+            *((0, 0, 0) if kept is None else kept.stride()[:3]),
+            q_len, k.shape[1], plan.num_q_blocks, plan.num_k_blocks, heads, plan.block_q, plan.block_k,
+            scale * LOG2E,
+            D=dim, DV=dim_v,
+            BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(dim_v)),
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+            TILES_Q=tiles_q, TILES_K=triton.cdiv(plan.block_k, tiles.block_n),
+            HAS_Q_ORDER=q_order is not None, HAS_K_ORDER=k_order is not None,
+            HAS_Q_STARTS=q_starts is not None, HAS_K_STARTS=k_starts is not None,
+            HAS_KEY_LENGTHS=plan.key_lengths is not None, HAS_TAIL=kept is not None,
+            PRECISION=precision(q.dtype, _backend()),
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+    return out, lse
+
+
+def precision(dtype: torch.dtype, backend: str) -> str:
+    """How the kernel multiplies: on CUDA, fp32 becomes three TF32 products, close to IEEE at tensor-core speed."""
+    return "tf32x3" if backend == "cuda" and dtype == torch.float32 else "ieee"
+
+
+def tile_table(plan: BlockPlan, block_m: int) -> tuple[Tensor, Tensor]:
+    """Which tile of queries each program computes when query blocks vary in size.
+
+    Returns:
+        ``block [b, h, T]`` and ``start [b, h, T]`` int32: the query block and the first position of each tile.
+        T bounds the number of tiles without reading any value; surplus programs get block ``Nq``.
+    """
+    tiles = (plan.q_sizes + block_m - 1) // block_m
+    ends = tiles.cumsum(-1)
+    bound = -(-plan.q_len // block_m) + plan.num_q_blocks
+    ids = torch.arange(bound, device=plan.device).expand(*ends.shape[:2], -1).contiguous()
+    block = torch.searchsorted(ends, ids, right=True)
+    owner = block.clamp(max=plan.num_q_blocks - 1)
+    within = ids - (ends - tiles).gather(-1, owner)
+    start = plan.q_edges.gather(-1, owner) + within * block_m
+    return block.int(), start.int()
+
+
+def _backend() -> str:
+    if not isinstance(_forward, triton.runtime.JITFunction):
+        return "interpreter"
+    return "hip" if torch.version.hip else "cuda"
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
+    interpreted = _backend() == "interpreter"
+    for name, x in (("q", q), ("k", k), ("v", v), ("the plan", plan)):
+        if not interpreted and x.device.type != "cuda":
+            what = f"tensors, got {x.device.type}" if name != "the plan" else f"plan, got one on {x.device.type}"
+            raise ValueError(
+                f"impl='triton' needs CUDA {what}; pass impl='flex', 'torch' or 'reference'"
+            )
+    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(
+            f"impl='triton' takes q, k, v of one dtype out of float16, bfloat16, float32; got {q.dtype}, "
+            f"{k.dtype}, {v.dtype}; pass impl='torch' or 'reference'"
+        )
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory a program may use; 64 KiB where the device does not say (ROCm, the interpreter)."""
+    if device.type != "cuda":
+        return 65536
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 65536)

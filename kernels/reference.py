@@ -1,0 +1,69 @@
+"""The specification of block-sparse attention: a loop over the plan, in fp32 (fp64 for fp64 inputs).
+
+Every other implementation has the same signature and must agree with this one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dsattn.block_plan import BlockPlan
+
+
+def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention over the kept blocks of a plan, plus its tail.
+
+    Args:
+        q, k, v: ``[B, S, H, D]``; q and k share D, k and v share S.
+        plan: pattern; ``plan.block_mask`` says which blocks are kept.
+        scale: factor on q·k before the softmax.
+
+    Returns:
+        ``out [B, Sq, H, Dv]`` in q's dtype and ``lse [B, H, Sq]`` fp32 (fp64 for fp64 inputs), the natural
+        log of the softmax denominator, tail included.
+
+    """
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    batch, q_len, heads, _ = q.shape
+    out = torch.empty(batch, q_len, heads, v.shape[-1], dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, heads, q_len, dtype=work, device=q.device)
+    for b in range(batch):
+        for h in range(heads):
+            q_tokens = _tokens(plan.q_order, b, h, plan.q_len, q.device)
+            k_tokens = _tokens(plan.k_order, b, h, plan.k_len, q.device)
+            q_edges, k_edges = (_pick(e, b, h).tolist() for e in (plan.q_edges, plan.k_edges))
+            k_sizes = _pick(plan.k_sizes, b, h).tolist()
+            kept = _pick(plan.block_mask, b, h).tolist()
+            qh, kh, vh = (x[b, :, h].to(work) for x in (q, k, v))
+            for i, (start, stop) in enumerate(zip(q_edges[:-1], q_edges[1:], strict=True)):
+                if start == stop:
+                    continue
+                rows = q_tokens[start:stop]
+                keys, values, log_weights = [], [], []
+                for j in range(plan.num_k_blocks):
+                    n = k_sizes[j]
+                    columns = k_tokens[k_edges[j] : k_edges[j] + n]
+                    if n == 0:
+                        continue
+                    if kept[i][j]:
+                        keys.append(kh[columns])
+                        values.append(vh[columns])
+                        log_weights.append(torch.zeros(n, dtype=work, device=q.device))
+                    elif plan.tail == "pooled":
+                        keys.append(kh[columns].mean(0, keepdim=True))
+                        values.append(vh[columns].mean(0, keepdim=True))
+                        log_weights.append(torch.tensor([n], dtype=work, device=q.device).log())
+                logits = qh[rows] @ torch.cat(keys).T * scale + torch.cat(log_weights)
+                lse[b, h, rows] = logits.logsumexp(-1)
+                out[b, rows, h] = (logits.softmax(-1) @ torch.cat(values)).to(q.dtype)
+    return out, lse
+
+
+def _pick(x: Tensor, b: int, h: int) -> Tensor:
+    """Row of a tensor whose two leading dimensions broadcast."""
+    return x[b if x.shape[0] > 1 else 0, h if x.shape[1] > 1 else 0]
+
+
+def _tokens(order: Tensor | None, b: int, h: int, length: int, device: torch.device) -> Tensor:
+    return torch.arange(length, device=device) if order is None else _pick(order, b, h)

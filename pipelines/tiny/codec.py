@@ -1,0 +1,107 @@
+"""A linear space-time patch codec with the interface WanPipeline expects from its VAE.
+
+Each 4 x 8 x 8 block of RGB pixels is one vector of 768 numbers; PCA keeps `z_dim` of them. The first latent frame codes
+frame 0 alone (repeated four times), so n frames give (n - 1) / 4 + 1 latent frames, as in Wan.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+TEMPORAL, SPATIAL = 4, 8
+PATCH_VALUES = TEMPORAL * SPATIAL * SPATIAL * 3
+
+
+def to_patches(video: Tensor) -> Tensor:
+    """`[B, 3, F, H, W]` -> `[B, f, h, w, 768]`; F = 4n + 1, H and W multiples of 8 (ValueError otherwise)."""
+    batch, channels, frames, height, width = video.shape
+    if channels != 3 or (frames - 1) % TEMPORAL or height % SPATIAL or width % SPATIAL:
+        raise ValueError(
+            f"the patch codec needs [B, 3, 4n + 1, 8a, 8b]; got {tuple(video.shape)}. Crop or pad the clip first"
+        )
+    video = torch.cat([video[:, :, :1].expand(-1, -1, TEMPORAL - 1, -1, -1), video], dim=2)
+    video = video.reshape(batch, 3, -1, TEMPORAL, height // SPATIAL, SPATIAL, width // SPATIAL, SPATIAL)
+    return video.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4)
+
+
+def from_patches(patches: Tensor) -> Tensor:
+    """Inverse of `to_patches`; frame 0 is the mean of the four frames of the first patch row."""
+    batch, frames, height, width, _ = patches.shape
+    video = patches.reshape(batch, frames, height, width, TEMPORAL, SPATIAL, SPATIAL, 3)
+    video = video.permute(0, 7, 1, 4, 2, 5, 3, 6)
+    video = video.reshape(batch, 3, frames * TEMPORAL, height * SPATIAL, width * SPATIAL)
+    first = video[:, :, :TEMPORAL].mean(dim=2, keepdim=True)
+    return torch.cat([first, video[:, :, TEMPORAL:]], dim=2)
+
+
+class PatchCodec(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """PCA patch codec. `decode` takes un-normalised latents `[B, z, f, h, w]`, as AutoencoderKLWan does.
+
+    The pipeline maps model latents z to codec latents by z * latents_std + latents_mean. `latents_std` is the square root
+    of each component's standard deviation (times a constant), which whitens half-way: strong components stay stronger,
+    so that noise hides layout last and detail first.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        z_dim: int = 32,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+        scale_factor_temporal: int = TEMPORAL,
+        scale_factor_spatial: int = SPATIAL,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(PATCH_VALUES))
+        self.register_buffer("components", torch.zeros(z_dim, PATCH_VALUES))
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.components.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.components.dtype
+        return dtype
+
+    def encode(self, video: Tensor) -> Tensor:
+        """`[B, 3, F, H, W]` in [-1, 1] -> codec latents `[B, z, f, h, w]` (not normalised)."""
+        patches = to_patches(video.to(self.dtype)) - self.mean
+        return (patches @ self.components.T).movedim(-1, 1)
+
+    def normalise(self, latents: Tensor) -> Tensor:
+        """Codec latents -> the space the transformer works in."""
+        mean, std = (latents.new_tensor(v).view(1, -1, 1, 1, 1) for v in (self.config.latents_mean, self.config.latents_std))
+        return (latents - mean) / std
+
+    def decode(self, latents: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Codec latents `[B, z, f, h, w]` -> video `[B, 3, 4f - 3, 8h, 8w]` clamped to [-1, 1]."""
+        patches = latents.movedim(1, -1).to(self.dtype) @ self.components + self.mean
+        video = from_patches(patches).clamp(-1.0, 1.0)
+        return DecoderOutput(sample=video) if return_dict else (video,)
+
+    def forward(self, video: Tensor) -> Any:
+        """Encode and decode."""
+        return self.decode(self.encode(video))
+
+
+def fit(patches: Tensor, z_dim: int, seed: int = 0) -> PatchCodec:
+    """Fit a codec to `patches` [N, 768] (values in [-1, 1]) with scikit-learn's PCA."""
+    from sklearn.decomposition import PCA
+
+    pca = PCA(n_components=z_dim, svd_solver="covariance_eigh", random_state=seed).fit(patches.double().numpy())
+    deviation = torch.from_numpy(pca.explained_variance_).sqrt()
+    std = deviation.sqrt()
+    # One constant makes the mean variance of the normalised latents 1, the scale the noise has.
+    std = std * ((deviation / std) ** 2).mean().sqrt()
+    codec = PatchCodec(z_dim=z_dim, latents_mean=[0.0] * z_dim, latents_std=[float(v) for v in std])
+    codec.mean.copy_(torch.from_numpy(pca.mean_))
+    codec.components.copy_(torch.from_numpy(pca.components_))
+    return codec.eval()
