@@ -1,0 +1,100 @@
+"""topk: selection by mean-pooled scores, budgets, always-kept segments."""
+
+import pytest
+import torch
+
+import dsattn
+from dsattn.grid import Call, VideoGrid
+
+GRID = VideoGrid(5, 9, 11, text=19)
+
+
+def tensors(grid: VideoGrid, batch: int = 1, heads: int = 2, dim: int = 32, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, grid.tokens, heads, dim, generator=generator) for _ in range(3)]
+
+
+def plan(grid: VideoGrid, qkv, **options) -> dsattn.BlockPlan:
+    return dsattn.plan(*qkv, Call(0, 0, grid), method="topk", **options).validate()
+
+
+@pytest.mark.parametrize("budget", [{"density": 1.0}, {"top_p": 1.0}])
+@pytest.mark.parametrize("order", ["raster", "tile"])
+def test_everything_kept_is_dense_attention(budget, order):
+    qkv = tensors(GRID)
+    out = dsattn.attend(*qkv, plan(GRID, qkv, **budget, order=order), impl="torch")
+    dense = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
+    torch.testing.assert_close(out, dense)
+
+
+@pytest.mark.parametrize("blocks", [(64, 64), (128, 32), (32, 128), (16, 64)])
+@pytest.mark.parametrize("density", [0.01, 0.3])
+def test_row_counts(blocks, density):
+    grid = VideoGrid(5, 9, 11)
+    qkv = tensors(grid)
+    made = plan(grid, qkv, density=density, block_q=blocks[0], block_k=blocks[1])
+    count = max(1, round(density * made.num_k_blocks))
+    diagonal = 1 + (blocks[0] - 1) // blocks[1]
+    assert bool((made.counts >= min(count, made.num_k_blocks)).all())
+    assert bool((made.counts <= max(count, diagonal + 1)).all())
+
+
+def test_top_p_keeps_the_crossing_block_and_no_more():
+    grid = VideoGrid(1, 16, 16)
+    q = torch.zeros(1, 256, 1, 8)
+    q[..., 0] = 8**0.5
+    k = torch.zeros(1, 256, 1, 8)
+    # Block masses 1/2, 1/4, 1/8, 1/8 for every query.
+    for block, share in enumerate((0.5, 0.25, 0.125, 0.125)):
+        k[:, block * 64 : (block + 1) * 64, :, 0] = torch.tensor(share).log()
+    for top_p, expected in ((0.4, {0}), (0.6, {0, 1}), (0.74, {0, 1}), (0.76, {0, 1, 2})):
+        rows = plan(grid, (q, k, k), top_p=top_p, order="raster").block_mask[0, 0]
+        for i, row in enumerate(rows):
+            kept = set(row.nonzero().flatten().tolist())
+            # The diagonal is kept whatever its score, and uses up budget first.
+            assert i in kept
+            assert kept - {i} <= expected | {i}
+        assert set(rows[0].nonzero().flatten().tolist()) == expected
+
+
+def test_partial_last_block_is_weighed_by_its_size():
+    """All scores equal: a one-token block holds 1/65 of two blocks' mass and must rank last."""
+    grid = VideoGrid(3, 5, 13)  # 195 tokens: three blocks of 64 and one of 3
+    zeros = torch.zeros(1, grid.tokens, 1, 8)
+    kept = plan(grid, (zeros, zeros, zeros), density=0.75, order="raster").block_mask[0, 0]
+    assert kept[:3].tolist() == [[True, True, True, False]] * 3
+
+
+@pytest.mark.parametrize("grid", [GRID, VideoGrid(4, 9, 11, text=70, text_first=True), VideoGrid(4, 9, 11, prefix=30)])
+def test_text_and_prefix_are_exact(grid):
+    qkv = tensors(grid)
+    pairs = plan(grid, qkv, density=0.05, block_q=32, block_k=16).to_dense()
+    for start, stop in grid.exact_segments:
+        assert bool(pairs[:, :, start:stop].all())
+        assert bool(pairs[:, :, :, start:stop].all())
+    assert not bool(pairs.all())
+
+
+def test_batch_of_two_is_two_batches_of_one():
+    qkv = tensors(GRID, batch=2)
+    both = plan(GRID, qkv, density=0.2)
+    for row in range(2):
+        single = plan(GRID, [x[row : row + 1] for x in qkv], density=0.2)
+        assert torch.equal(both.block_mask[row], single.block_mask[0])
+
+
+def test_tail_lowers_the_error_of_smooth_attention():
+    qkv = [x * 0.5 for x in tensors(VideoGrid(9, 16, 16))]
+    grid = VideoGrid(9, 16, 16)
+    dense = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
+    errors = [
+        (dsattn.attend(*qkv, plan(grid, qkv, density=0.1, tail=tail), impl="torch") - dense).norm()
+        for tail in ("none", "pooled")
+    ]
+    assert errors[1] < errors[0]
+
+
+def test_grid_must_fit():
+    qkv = tensors(GRID)
+    with pytest.raises(dsattn.UsageError, match="must have the grid's 495 tokens, got 514 and 514"):
+        dsattn.plan(*qkv, Call(0, 0, VideoGrid(5, 9, 11)), method="topk")
