@@ -8,10 +8,11 @@ uncompiled, and a failed compile raises.
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from dsattn.block_plan import BlockPlan
 from dsattn.kernels import gather
 from dsattn.kernels.pooling import pool_blocks
+
+# Only the lists that the forward pass reads; releases before the option always build the others too.
+_SIGNATURE = inspect.signature(BlockMask.from_kv_blocks)
+LISTS_ONLY: dict[str, Any] = {"compute_q_blocks": False} if "compute_q_blocks" in _SIGNATURE.parameters else {}
 
 # Dynamo gives up on a function after 8 shapes by default, and then runs it uncompiled.
 COMPILED_SHAPES = 4096
@@ -48,20 +53,16 @@ def block_sparse_attention(
     FlexAttention returns no LSE on the CPU: there it is computed by ``kernels.gather`` when needed.
     """
     q_tiles, k_tiles = _tile(plan, "q"), _tile(plan, "k")
-    q_flex = q_tiles.load(q)
-    k_flex, v_flex = k_tiles.load(k), k_tiles.load(v)
-    kept = k_tiles.spread(q_tiles.spread(plan.block_mask, 2), 3)
-    readable = k_tiles.valid
-    if plan.key_lengths is not None:
-        readable = readable & (k_tiles.position < plan.key_lengths[:, None, None])
+    q_flex, k_flex, v_flex = q_tiles.load(q), k_tiles.load(k), k_tiles.load(v)
+    readable = _readable(k_tiles, plan)
     if plan.tail == "pooled":
-        k_pool, v_pool, log_count = pool_blocks(k, v, plan)
-        skipped = log_count[:, :, None].masked_fill(q_tiles.spread(plan.block_mask, 2), -torch.inf)
-        k_flex = _append(k_flex, k_pool, plan.block_k)
-        v_flex = _append(v_flex, v_pool, plan.block_k)
-        mask, score_mod = _tail_mask(kept, readable, skipped, plan, q_flex.shape[2])
+        k_pool, v_pool, log_count = _pool(k_flex, v_flex, k, v, plan)
+        skipped = log_count[:, :, None].masked_fill(plan.block_mask, -torch.inf)
+        k_flex, v_flex = _append(k_flex, k_pool, plan.block_k), _append(v_flex, v_pool, plan.block_k)
+        first = k_flex.shape[2] - _rounded(plan.num_k_blocks, plan.block_k)
+        mask, score_mod = _tail_mask(q_tiles, k_tiles, readable, q_tiles.spread(skipped, 2), plan, first)
     else:
-        mask, score_mod = _plain_mask(kept, readable, plan, q_flex.shape[2], k_flex.shape[2]), None
+        mask, score_mod = _plain_mask(q_tiles, k_tiles, readable, plan), None
     on_cpu = q.device.type == "cpu"
     result = _run(q_flex, k_flex, v_flex, mask, score_mod, scale, need_lse and not on_cpu)
     out = q_tiles.store(result[0], plan.q_len)
@@ -110,22 +111,32 @@ class _Tiles:
     owner: Tensor | None
     order: Tensor | None
 
+    @property
+    def length(self) -> int:
+        """Slots of the longest head."""
+        return self.position.shape[-1]
+
     def load(self, x: Tensor) -> Tensor:
         """``[B, S, H, D]`` to ``[B, H, P, D]``."""
-        x = x.transpose(1, 2)
         if self.owner is None and self.order is None:
-            return x
-        token = self._token(*x.shape[:2])
-        return x.gather(2, token[..., None].expand(-1, -1, -1, x.shape[-1]))
+            return x.transpose(1, 2)
+        if self.owner is None and self.order is not None and self.order.shape[:2] == (1, 1):
+            return x[:, self.order[0, 0]].transpose(1, 2)
+        token = self._token(x.shape[0], x.shape[2])
+        return x.transpose(1, 2).gather(2, token[..., None].expand(-1, -1, -1, x.shape[-1]))
 
     def store(self, x: Tensor, length: int) -> Tensor:
         """``[B, H, P, D]`` back to ``[B, S, H, D]``."""
-        if self.owner is not None or self.order is not None:
-            # Empty slots write to one extra row that is cut off again.
-            token = self._token(*x.shape[:2]).where(self.valid, length)
-            full = x.new_empty(*x.shape[:2], length + 1, x.shape[-1])
-            x = full.scatter_(2, token[..., None].expand_as(x), x)[:, :, :length]
-        return x.transpose(1, 2)
+        if self.owner is None and self.order is None:
+            return x.transpose(1, 2)
+        if self.owner is None and self.order is not None and self.order.shape[:2] == (1, 1):
+            full = x.new_empty(x.shape[0], length, x.shape[1], x.shape[-1])
+            full[:, self.order[0, 0]] = x.transpose(1, 2)
+            return full
+        # Empty slots write to one extra row that is cut off again.
+        token = self._token(*x.shape[:2]).where(self.valid, length)
+        full = x.new_empty(*x.shape[:2], length + 1, x.shape[-1])
+        return full.scatter_(2, token[..., None].expand_as(x), x)[:, :, :length].transpose(1, 2)
 
     def spread(self, blocks: Tensor, dim: int) -> Tensor:
         """Per-block values along ``dim`` of ``[b, h, Nq, Nk]`` to per-tile values."""
@@ -165,59 +176,102 @@ def _tile(plan: BlockPlan, side: str) -> _Tiles:
     return _Tiles(block, position, valid, owner, order)
 
 
-def _plain_mask(kept: Tensor, readable: Tensor, plan: BlockPlan, q_len: int, k_len: int) -> BlockMask:
-    if bool(readable.all()):
-        counts, indices = _lists(kept)
+def _readable(k_tiles: _Tiles, plan: BlockPlan) -> Tensor | None:
+    """``[b, h, P]`` bool, key slots that may be read; None when all may."""
+    readable = None if k_tiles.owner is None else k_tiles.valid
+    if plan.key_lengths is not None:
+        within = k_tiles.position < plan.key_lengths[:, None, None]
+        readable = within if readable is None else readable & within
+    return readable
+
+
+def _pool(k_flex: Tensor, v_flex: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """Pooled keys and values; keys that are in plan order already are not gathered a second time."""
+    if plan.k_starts is None:
+        k, v, plan = k_flex.transpose(1, 2), v_flex.transpose(1, 2), replace(plan, k_order=None)
+    return pool_blocks(k, v, plan)
+
+
+def _plain_mask(q_tiles: _Tiles, k_tiles: _Tiles, readable: Tensor | None, plan: BlockPlan) -> BlockMask:
+    lengths = q_tiles.length, k_tiles.length
+    if readable is None:
+        counts, indices = _full_lists(q_tiles, k_tiles, plan)
         none = torch.zeros_like(counts), torch.zeros_like(indices)
-        return BlockMask.from_kv_blocks(
-            *none, counts, indices, BLOCK_SIZE=(plan.block_q, plan.block_k), seq_lengths=(q_len, k_len)
-        )
+        return _block_mask(none, (counts, indices), plan, lengths)
+    kept = k_tiles.spread(q_tiles.spread(plan.block_mask, 2), 3)
     some, every = _tile_readable(readable, plan.block_k)
-    lists = (*_lists(kept & (some & ~every)[:, :, None]), *_lists(kept & every[:, :, None]))
+    partial, full = (_lists(kept & tiles[:, :, None]) for tiles in (some & ~every, every))
     shape = readable.shape
 
     def mask_mod(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
         return readable[b % shape[0], h % shape[1], k_index]
 
-    return BlockMask.from_kv_blocks(
-        *lists, BLOCK_SIZE=(plan.block_q, plan.block_k), mask_mod=mask_mod, seq_lengths=(q_len, k_len)
-    )
+    return _block_mask(partial, full, plan, lengths, mask_mod)
 
 
 def _tail_mask(
-    kept: Tensor, readable: Tensor, skipped: Tensor, plan: BlockPlan, q_len: int
+    q_tiles: _Tiles, k_tiles: _Tiles, readable: Tensor | None, skipped: Tensor, plan: BlockPlan, first: int
 ) -> tuple[BlockMask, Callable[..., Tensor]]:
-    """Mask over keys and, behind them from a whole block on, pooled keys; bias of the pooled keys.
+    """Mask over keys and the pooled keys that stand from slot ``first`` on; score function with their bias.
 
     ``skipped [b, h, q tiles, Nk]``: log-count of the blocks a query tile does not keep, -inf for the others.
     """
     block_q, block_k = plan.block_q, plan.block_k
-    readable = torch.nn.functional.pad(readable, (0, -readable.shape[-1] % block_k))
-    first = readable.shape[-1]
     bias = torch.nn.functional.pad(skipped, (0, -skipped.shape[-1] % block_k), value=-torch.inf)
-    some, every = _tile_readable(readable, block_k)
-    tail_tiles = (bias > -torch.inf).unflatten(-1, (-1, block_k)).any(-1)
-    lead = torch.broadcast_shapes(kept.shape[:2], readable.shape[:2], tail_tiles.shape[:2])
-    kept, tail_tiles = kept.expand(*lead, -1, -1), tail_tiles.expand(*lead, -1, -1)
-    partial = torch.cat([kept & (some & ~every)[:, :, None], tail_tiles], -1)
-    full = torch.cat([kept & every[:, :, None], torch.zeros_like(tail_tiles)], -1)
-    shape, bias_shape = readable.shape, bias.shape
+    # A last block that is partial has empty slots between it and the pooled keys.
+    if readable is None and first != k_tiles.length:
+        readable = torch.ones(1, 1, k_tiles.length, dtype=torch.bool, device=skipped.device)
+    tail_tiles = bias.shape[-1] // block_k
+    if readable is None:
+        full = _full_lists(q_tiles, k_tiles, plan)
+        tail = torch.arange(first // block_k, first // block_k + tail_tiles, dtype=torch.int32, device=bias.device)
+        partial = torch.full_like(full[0], tail_tiles), tail.expand(*full[0].shape, -1).contiguous()
+        allowed = torch.ones(1, 1, 1, dtype=torch.bool, device=bias.device)
+    else:
+        allowed = torch.nn.functional.pad(readable, (0, first - readable.shape[-1]))
+        some, every = _tile_readable(allowed, block_k)
+        kept = k_tiles.spread(q_tiles.spread(plan.block_mask, 2), 3)
+        kept, some, every = torch.broadcast_tensors(kept, some[:, :, None], every[:, :, None])
+        tail = torch.ones(*kept.shape[:-1], tail_tiles, dtype=torch.bool, device=bias.device)
+        partial = _lists(torch.cat([kept & some & ~every, tail], -1))
+        full = _lists(torch.cat([kept & every, ~tail], -1))
+    shape, bias_shape = allowed.shape, bias.shape
+
+    def pooled_bias(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+        return bias[b % bias_shape[0], h % bias_shape[1], q_index // block_q, (k_index - first).clamp(min=0)]
 
     def mask_mod(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
-        key = readable[b % shape[0], h % shape[1], k_index.clamp(max=first - 1)]
-        # A bias of -inf alone would do, but only a mask is skipped for whole rows.
-        weight = bias[b % bias_shape[0], h % bias_shape[1], q_index // block_q, (k_index - first).clamp(min=0)]
-        return torch.where(k_index < first, key, weight > -torch.inf)
+        key = allowed[b % shape[0], h % shape[1], k_index.clamp(max=shape[2] - 1)]
+        return torch.where(k_index < first, key, pooled_bias(b, h, q_index, k_index) > -torch.inf)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
-        weight = bias[b % bias_shape[0], h % bias_shape[1], q_index // block_q, (k_index - first).clamp(min=0)]
-        return torch.where(k_index < first, score, score + weight)
+        return torch.where(k_index < first, score, score + pooled_bias(b, h, q_index, k_index))
 
-    mask = BlockMask.from_kv_blocks(
-        *_lists(partial), *_lists(full), BLOCK_SIZE=(block_q, block_k), mask_mod=mask_mod,
-        seq_lengths=(q_len, first + bias.shape[-1]),
-    )  # fmt: skip
-    return mask, score_mod
+    lengths = q_tiles.length, first + bias.shape[-1]
+    return _block_mask(partial, full, plan, lengths, mask_mod), score_mod
+
+
+def _block_mask(
+    partial: tuple[Tensor, Tensor],
+    full: tuple[Tensor, Tensor],
+    plan: BlockPlan,
+    lengths: tuple[int, int],
+    mask_mod: Callable[..., Tensor] | None = None,
+) -> BlockMask:
+    """BlockMask from (counts, lists) of the blocks that need the mask function and of those that do not."""
+    # The CPU kernel reads the number of key blocks off the lists' width.
+    width = -(-lengths[1] // plan.block_k)
+    wide = [torch.nn.functional.pad(indices, (0, width - indices.shape[-1])) for _, indices in (partial, full)]
+    return BlockMask.from_kv_blocks(
+        partial[0],
+        wide[0],
+        full[0],
+        wide[1],
+        BLOCK_SIZE=(plan.block_q, plan.block_k),
+        mask_mod=mask_mod,
+        seq_lengths=lengths,
+        **LISTS_ONLY,
+    )
 
 
 def _tile_readable(readable: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -228,6 +282,13 @@ def _tile_readable(readable: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return some, every
 
 
+def _full_lists(q_tiles: _Tiles, k_tiles: _Tiles, plan: BlockPlan) -> tuple[Tensor, Tensor]:
+    """The kept blocks as FlexAttention's lists; the plan's own where tiles are blocks."""
+    if q_tiles.owner is None and k_tiles.owner is None:
+        return plan.counts, plan.indices
+    return _lists(k_tiles.spread(q_tiles.spread(plan.block_mask, 2), 3))
+
+
 def _lists(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Counts and block lists of a block map, in FlexAttention's form."""
     indices = torch.sort((~mask).to(torch.uint8), dim=-1, stable=True).indices
@@ -235,7 +296,14 @@ def _lists(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _append(x: Tensor, pooled: Tensor, block: int) -> Tensor:
-    """Pooled rows behind x, both padded to whole blocks."""
-    pad = torch.nn.functional.pad
-    x, pooled = pad(x, (0, 0, 0, -x.shape[2] % block)), pad(pooled, (0, 0, 0, -pooled.shape[2] % block))
-    return torch.cat([x, pooled.to(x.dtype)], dim=2)
+    """``[B, H, P, D]``: pooled rows behind x, both padded with zeros to whole blocks."""
+    batch, heads, length, dim = x.shape
+    first, extra = _rounded(length, block), _rounded(pooled.shape[2], block)
+    joined = x.new_zeros(batch, heads, first + extra, dim)
+    joined[:, :, :length] = x
+    joined[:, :, first : first + pooled.shape[2]] = pooled
+    return joined
+
+
+def _rounded(length: int, block: int) -> int:
+    return -(-length // block) * block
