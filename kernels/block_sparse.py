@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
+from dsattn.errors import ImplUnavailableError
 from dsattn.kernels.pooling import pool_blocks
 
 LOG2E = math.log2(math.e)
@@ -24,7 +25,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @triton.jit
-def _absorb(logits, scale, values, peak, total, acc, PRECISION: tl.constexpr):
+def _absorb(logits, scale, values, peak, total, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """Take one tile of logits into the running softmax: peak and total ``[M]``, acc ``[M, DV]``, base 2.
 
     ``scale`` is positive and multiplied here, so that it fuses with the subtraction. The first peak is finite:
@@ -38,8 +39,18 @@ def _absorb(logits, scale, values, peak, total, acc, PRECISION: tl.constexpr):
     return new_peak, total, acc
 
 
-@triton.jit
-def _forward(
+# Lengths and strides of the plan change from call to call: compiling for their divisibility would gain nothing.
+_UNSPECIALIZED = (
+    "stride_cb", "stride_ch", "stride_ib", "stride_ih", "stride_ii",
+    "stride_qob", "stride_qoh", "stride_kob", "stride_koh",
+    "stride_tb", "stride_th", "stride_qsb", "stride_qsh", "stride_ksb", "stride_ksh",
+    "stride_mb", "stride_mh", "stride_mq",
+    "q_len", "k_len", "q_blocks", "k_blocks", "heads", "block_q", "block_k",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
+def _forward(  # type: ignore[no-untyped-def]
     Q, K, V, Out, Lse,
     Counts, Indices,
     QOrder, KOrder, TileBlock, TileStart, QStarts, KStarts, KeyLengths,
@@ -182,7 +193,7 @@ def _forward(
 
 
 @triton.jit
-def _count_tiles(Indices, KStarts, count, readable, BLOCK_N: tl.constexpr):
+def _count_tiles(Indices, KStarts, count, readable, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
     """Key tiles that a list of ``count`` variable-size blocks needs; an empty block costs one masked tile."""
     tiles = 0
     for first in range(0, count, 128):
@@ -205,34 +216,54 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def pick_tiles(block_q: int, block_k: int, head_dim: int, dtype: torch.dtype, shared_memory: int) -> Tiles:
-    """Tile shape for a plan's block sizes (positions per block).
+# Largest tiles that compile without spills, by kind of matrix unit and padded head_dim; scripts/aot_report.py
+# shows registers, spills and shared memory of every entry. "mma": Ampere, Ada, consumer Blackwell; "wgmma": Hopper
+# and datacenter Blackwell; "mfma": AMD CDNA; "interpreter": no such limits, and few large steps are fastest.
+_HALF = {
+    "mma": {64: Tiles(128, 32, 4, 2), 128: Tiles(128, 32, 8, 2), 256: Tiles(64, 32, 8, 2)},
+    "wgmma": {64: Tiles(128, 64, 4, 2), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 8, 3)},
+    "mfma": {64: Tiles(128, 64, 4, 2), 128: Tiles(128, 64, 4, 2), 256: Tiles(64, 32, 4, 2)},
+}
+# Float32 is for exactness, not speed: each product is three (CUDA) or runs at a quarter of the rate (AMD).
+_SINGLE = {64: Tiles(32, 32, 4, 2), 128: Tiles(16, 32, 4, 2), 256: Tiles(16, 16, 8, 2)}
+_INTERPRETER = Tiles(64, 64, 1, 1)
+
+
+def pick_tiles(block_q: int, block_k: int, head_dim: int, dtype: torch.dtype, arch: int | str) -> Tiles:
+    """Tile shape for a plan's block sizes.
 
     Args:
-        block_q, block_k: the plan's block sizes; a tile never spans two blocks.
-        head_dim: the larger of D and Dv.
+        block_q, block_k: the plan's block sizes, in positions; a tile never spans two blocks.
+        head_dim: the larger of D and Dv, at most 256.
         dtype: of q, k, v.
-        shared_memory: bytes one program may use on the device (64 KiB on CDNA3 … 227 KiB on Hopper).
+        arch: compute capability (80, 90, …), an AMD architecture (``"gfx942"``), or ``"interpreter"``.
+
+    Raises:
+        ImplUnavailableError: head_dim above 256.
+
     """
-    padded = max(16, triton.next_power_of_2(head_dim))
-    wide = dtype == torch.float32
-    # Most queries and keys per tile that compile without spills, from scripts/aot_report.py.
-    if wide:
-        most_m, most_n = (64, 32) if padded <= 64 else (32, 32) if padded <= 128 else (16, 16)
+    if head_dim > 256:
+        raise ImplUnavailableError(
+            f"impl='triton' takes head_dim up to 256, got {head_dim}; pass impl='torch' or 'reference'"
+        )
+    padded = max(64, triton.next_power_of_2(head_dim))
+    if arch == "interpreter":
+        largest = _INTERPRETER
+    elif dtype == torch.float32:
+        largest = _SINGLE[padded]
     else:
-        most_m, most_n = (128, 64) if padded <= 128 else (64, 64)
-    block_m = min(most_m, max(16, triton.next_power_of_2(block_q)))
-    block_n = min(most_n, max(16, triton.next_power_of_2(block_k)))
-    warps = 8 if block_m * padded >= 128 * 128 else 4
-    stages = 3
-    while stages > 1 and _shared_bytes(block_m, block_n, padded, stages, dtype.itemsize) > shared_memory:
-        stages -= 1
-    return Tiles(block_m, block_n, warps, stages)
+        largest = _HALF[_matrix_unit(arch)][padded]
+    block_m = min(largest.block_m, max(16, triton.next_power_of_2(block_q)))
+    block_n = min(largest.block_n, max(16, triton.next_power_of_2(block_k)))
+    # Smaller tiles need fewer warps to hold them.
+    warps = largest.warps if block_m == largest.block_m else min(largest.warps, 4)
+    return Tiles(block_m, block_n, warps, largest.stages)
 
 
-def _shared_bytes(block_m: int, block_n: int, padded: int, stages: int, itemsize: int) -> int:
-    """Upper bound on a program's shared memory: the query tile, and keys and values of every stage."""
-    return itemsize * padded * (block_m + 2 * stages * block_n) + 4096
+def _matrix_unit(arch: int | str) -> str:
+    if isinstance(arch, str):
+        return "mfma"
+    return "wgmma" if 90 <= arch < 120 else "mma"
 
 
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, scale: float) -> tuple[Tensor, Tensor]:
@@ -247,7 +278,9 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, 
         ``out [B, Sq, H, Dv]`` in q's dtype and ``lse [B, H, Sq]`` fp32, natural log, tail included.
 
     Raises:
-        ValueError: tensors on the CPU (without Triton's interpreter), or a dtype that the kernel does not take.
+        ImplUnavailableError: tensors on the CPU (without Triton's interpreter), a dtype or head_dim that the
+            kernel does not take.
+
     """
     _check(q, k, v, plan)
     if scale <= 0:  # the kernel takes a positive factor; q·k·scale stays the same
@@ -257,31 +290,34 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, 
         q, k, v = q.float(), k.float(), v.float()
     batch, q_len, heads, dim = q.shape
     dim_v = v.shape[-1]
-    tiles = pick_tiles(plan.block_q, plan.block_k, max(dim, dim_v), q.dtype, _shared_memory(q.device))
+    tiles = pick_tiles(plan.block_q, plan.block_k, max(dim, dim_v), q.dtype, _architecture(q.device))
     lead = (batch, heads)
 
-    def spread(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.contiguous().expand(*lead, *x.shape[2:])
+    def spread(x: Tensor) -> Tensor:
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        return x.expand(*lead, *x.shape[2:])
 
     def leading_strides(x: Tensor | None) -> tuple[int, int]:
         return (0, 0) if x is None else (x.stride(0), x.stride(1))
 
-    counts = plan.counts.contiguous().expand(*lead, -1)
-    indices = plan.indices.contiguous().expand(*lead, -1, -1)
-    q_order, k_order, q_starts, k_starts = map(spread, (plan.q_order, plan.k_order, plan.q_starts, plan.k_starts))
+    counts, indices = spread(plan.counts), spread(plan.indices)
+    q_order, k_order, q_starts, k_starts = (
+        None if x is None else spread(x) for x in (plan.q_order, plan.k_order, plan.q_starts, plan.k_starts)
+    )
     tiles_q = triton.cdiv(plan.block_q, tiles.block_m)
     programs = plan.num_q_blocks * tiles_q
     tile_block = tile_start = None
     if q_starts is not None:
-        tile_block, tile_start = map(spread, tile_table(plan, tiles.block_m))
-        programs = tile_block.shape[-1]
+        programs = -(-q_len // tiles.block_m) + plan.num_q_blocks
+        tile_block, tile_start = map(spread, tile_table(plan, tiles.block_m, programs))
     pooled_k = pooled_v = log_count = kept = None
     if plan.tail == "pooled":
         pooled_k, pooled_v, log_count = pool_blocks(k, v, plan)
-        pooled_k, pooled_v, log_count = pooled_k.to(q.dtype), pooled_v.to(q.dtype), log_count * LOG2E
+        pooled_k, pooled_v = pooled_k.to(q.dtype).contiguous(), pooled_v.to(q.dtype).contiguous()
+        log_count = (log_count * LOG2E).contiguous()
         kept = spread(plan.block_mask.view(torch.uint8))
 
-    out = torch.empty(batch, q_len, heads, dim_v, dtype=dtype, device=q.device)
+    out = torch.empty(batch, q_len, heads, dim_v, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         _forward[(programs, heads, batch)](
@@ -305,9 +341,9 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, 
             HAS_Q_STARTS=q_starts is not None, HAS_K_STARTS=k_starts is not None,
             HAS_KEY_LENGTHS=plan.key_lengths is not None, HAS_TAIL=kept is not None,
             PRECISION=precision(q.dtype, _backend()),
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
         )  # fmt: skip
-    return out, lse
+    return out.to(dtype), lse
 
 
 def precision(dtype: torch.dtype, backend: str) -> str:
@@ -315,17 +351,17 @@ def precision(dtype: torch.dtype, backend: str) -> str:
     return "tf32x3" if backend == "cuda" and dtype == torch.float32 else "ieee"
 
 
-def tile_table(plan: BlockPlan, block_m: int) -> tuple[Tensor, Tensor]:
+def tile_table(plan: BlockPlan, block_m: int, programs: int) -> tuple[Tensor, Tensor]:
     """Which tile of queries each program computes when query blocks vary in size.
 
     Returns:
-        ``block [b, h, T]`` and ``start [b, h, T]`` int32: the query block and the first position of each tile.
-        T bounds the number of tiles without reading any value; surplus programs get block ``Nq``.
+        ``block [b, h, programs]`` and ``start [b, h, programs]`` int32: query block and first position of each tile.
+        Programs bounds the number of tiles without reading any value; surplus programs get block ``Nq``.
+
     """
     tiles = (plan.q_sizes + block_m - 1) // block_m
     ends = tiles.cumsum(-1)
-    bound = -(-plan.q_len // block_m) + plan.num_q_blocks
-    ids = torch.arange(bound, device=plan.device).expand(*ends.shape[:2], -1).contiguous()
+    ids = torch.arange(programs, device=plan.device).expand(*ends.shape[:2], -1).contiguous()
     block = torch.searchsorted(ends, ids, right=True)
     owner = block.clamp(max=plan.num_q_blocks - 1)
     within = ids - (ends - tiles).gather(-1, owner)
@@ -339,23 +375,32 @@ def _backend() -> str:
     return "hip" if torch.version.hip else "cuda"
 
 
+def why_unavailable(device: torch.device) -> str | None:
+    """Reason why the kernel cannot run on tensors of a device, or None."""
+    if device.type == "cuda" or _backend() == "interpreter":
+        return None
+    return f"it needs CUDA tensors, got {device.type}; pass impl='flex', 'torch' or 'reference'"
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:
-    interpreted = _backend() == "interpreter"
-    for name, x in (("q", q), ("k", k), ("v", v), ("the plan", plan)):
-        if not interpreted and x.device.type != "cuda":
-            what = f"tensors, got {x.device.type}" if name != "the plan" else f"plan, got one on {x.device.type}"
-            raise ValueError(
-                f"impl='triton' needs CUDA {what}; pass impl='flex', 'torch' or 'reference'"
+    for name, device in (("q", q.device), ("k", k.device), ("v", v.device), ("the plan", plan.device)):
+        if device != q.device or why_unavailable(device):
+            raise ImplUnavailableError(
+                f"impl='triton' needs CUDA tensors, all on one device, got {name} on {device}; "
+                "pass impl='flex', 'torch' or 'reference'"
             )
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(
+        raise ImplUnavailableError(
             f"impl='triton' takes q, k, v of one dtype out of float16, bfloat16, float32; got {q.dtype}, "
             f"{k.dtype}, {v.dtype}; pass impl='torch' or 'reference'"
         )
 
 
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory a program may use; 64 KiB where the device does not say (ROCm, the interpreter)."""
-    if device.type != "cuda":
-        return 65536
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 65536)
+def _architecture(device: torch.device) -> int | str:
+    backend = _backend()
+    if backend == "interpreter":
+        return backend
+    if backend == "hip":
+        return torch.cuda.get_device_properties(device).gcnArchName
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

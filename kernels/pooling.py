@@ -21,6 +21,7 @@ def pool_blocks(k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor, 
     Returns:
         ``kbar [B, H, Nk, D]``, ``vbar [B, H, Nk, Dv]`` and ``log_count [B, H, Nk]``, all fp32 (fp64). A block
         without readable keys has mean 0 and log count -inf.
+
     """
     work = torch.float64 if k.dtype == torch.float64 else torch.float32
     sizes = plan.k_sizes.clamp(min=0).expand(plan.batch, plan.heads, -1).to(work)

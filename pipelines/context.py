@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Carrier(ModelHook):
         super().__init__()
         self.run = run
         self.manager = StateManager(_NoState)
+        self.made_registry = False
 
     def reset_state(self, module: nn.Module) -> nn.Module:
         """End of a run, announced by ``pipe.maybe_free_model_hooks()``."""
@@ -57,6 +59,7 @@ class Carrier(ModelHook):
 
     def attach(self, module: nn.Module) -> None:
         """Put the carrier in front of the module's hook registry."""
+        self.made_registry = not hasattr(module, "_diffusers_hook")
         registry = HookRegistry.check_if_exists_or_initialize(module)
         forward = module.__dict__.get("forward")
         registry.register_hook(self, _HOOK)
@@ -67,17 +70,16 @@ class Carrier(ModelHook):
         for parallel in (registry._hook_order, registry._fn_refs):
             parallel.insert(0, parallel.pop())
 
-    @staticmethod
-    def detach(module: nn.Module) -> None:
-        """Take the carrier out; a registry that holds nothing else goes too."""
+    def detach(self, module: nn.Module) -> None:
+        """Take the carrier out; a registry made for it goes too unless others use it by now."""
         registry = getattr(module, "_diffusers_hook", None)
-        if registry is None or _HOOK not in registry.hooks:
+        if registry is None or registry.hooks.get(_HOOK) is not self:
             return
         position = registry._hook_order.index(_HOOK)
         registry._hook_order.pop(position)
         registry._fn_refs.pop(position)
         del registry.hooks[_HOOK]
-        if not registry.hooks:
+        if self.made_registry and not registry.hooks:
             del module._diffusers_hook
 
 
@@ -87,6 +89,7 @@ class Run:
     Args:
         engine: told about the start of every run.
         pipeline: read for its scheduler and step count; None when only a transformer is known.
+
     """
 
     def __init__(self, engine: Engine, pipeline: Any = None) -> None:
@@ -98,6 +101,7 @@ class Run:
         self.call = 0
         self._size: Size | None = None
         self._marker: tuple[Any, ...] = ()
+        self._direction = 0
         self._timesteps: Any = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Run:
@@ -105,8 +109,8 @@ class Run:
         new = memo[id(self)] = Run(copy.deepcopy(self.engine, memo), memo.get(id(pipeline)))
         return new
 
-    def begin(self, announced: Any, timestep: Any, size: Size, rises: bool) -> None:
-        """Account for one forward pass: which step it belongs to, and whether a new run starts with it.
+    def begin(self, announced: Any, timestep: Any, size: Size) -> bool:
+        """Account for one forward pass: which step it belongs to; True if a new run starts with it.
 
         The step comes from what the pipeline announces; else from the scheduler's step index and the pipeline's
         current timestep, which are host objects; only without any of them from the value of the timestep, which
@@ -123,11 +127,11 @@ class Run:
             fresh = fresh or explicit < self.step
             moved = explicit != self.step
         else:
-            fresh = fresh or _went_back(self._marker, marker, rises)
+            fresh = fresh or self._turned_back(marker)
             moved = not _same(self._marker, marker)
         if fresh:
             self.engine.reset()
-            self.step, self.call = explicit or 0, 0
+            self.step, self.call, self._direction = explicit or 0, 0, 0
         elif moved:
             self.step, self.call = self.step + 1 if explicit is None else explicit, 0
         else:
@@ -135,6 +139,17 @@ class Run:
         self.ended = False
         self._size, self._marker, self._timesteps = size, marker, timesteps
         self.num_steps = _num_steps(announced, pipeline, scheduler)
+        return fresh
+
+    def _turned_back(self, marker: tuple[Any, ...]) -> bool:
+        """The scheduler's index fell, or timesteps changed direction: most models count down, Mochi counts up."""
+        old = self._marker
+        if not old or old[0] != marker[0]:
+            return True
+        direction = (marker[1] > old[1]) - (marker[1] < old[1])
+        expected = 1 if marker[0] == "host" else self._direction
+        self._direction = direction or self._direction
+        return direction == -expected != 0
 
     def branch(self, announced: Any) -> str:
         """Guidance branch of this forward pass: by name if announced, else by its order within the step."""
@@ -158,14 +173,6 @@ def _marker(pipeline: Any, scheduler: Any, timestep: Any) -> tuple[Any, ...]:
 
 def _same(old: tuple[Any, ...], new: tuple[Any, ...]) -> bool:
     return bool(old) and old[:2] == new[:2] and old[2] is new[2]
-
-
-def _went_back(old: tuple[Any, ...], new: tuple[Any, ...], rises: bool) -> bool:
-    if not old or old[0] != new[0]:
-        return True
-    if new[0] == "host" or rises:
-        return bool(new[1] < old[1])
-    return bool(new[1] > old[1])
 
 
 def _num_steps(announced: Any, pipeline: Any, scheduler: Any) -> int | None:
@@ -201,6 +208,7 @@ class ModelContext(custom_op.Addressable):
         family: facts about its layout.
         run: shared by all transformers of the pipeline.
         num_layers: attention layers that dsattn handles.
+
     """
 
     def __init__(self, transformer: nn.Module, model: str, family: Family, run: Run, num_layers: int) -> None:
@@ -209,6 +217,7 @@ class ModelContext(custom_op.Addressable):
         self.parameters = tuple(inspect.signature(type(transformer).forward).parameters)[1:]
         self.carrier = Carrier(run)
         self._pass: _Pass | None = None
+        self._starts = True
         self._coords: tuple[Tensor | None, Size] = (None, (0, 0, 0))
         self.assign_address()
 
@@ -229,7 +238,7 @@ class ModelContext(custom_op.Addressable):
         for key in [key for key, hook in hooks.items() if hook is self]:
             del hooks[key]
             transformer._forward_pre_hooks_with_kwargs.pop(key, None)
-        Carrier.detach(transformer)
+        self.carrier.detach(transformer)
         self.release_address()
 
     def __call__(
@@ -243,6 +252,8 @@ class ModelContext(custom_op.Addressable):
         dims = [named["hidden_states"].shape[0], *(size if size is not None else ())]
         if not torch.compiler.is_compiling():
             self.begin(timestep, coords, tuple(dims))
+            if self._starts:
+                self._check_processors(module)
             return None
         if not isinstance(timestep, Tensor):
             raise TypeError(f"a compiled transformer needs 'timestep' as a tensor, got {type(timestep).__name__}")
@@ -251,6 +262,16 @@ class ModelContext(custom_op.Addressable):
             return args, {**kwargs, "timestep": ordered}
         position = self.parameters.index("timestep")
         return (*args[:position], ordered, *args[position + 1 :]), kwargs
+
+    def _check_processors(self, module: nn.Module) -> None:
+        """Warn at the start of a run if other processors took the place of ours, which silently run dense."""
+        ours = sum(isinstance(getattr(m, "processor", None), custom_op.Addressable) for m in module.modules())
+        if ours != self.num_layers:
+            warnings.warn(
+                f"{ours} of {self.num_layers} attention layers of {self.model} run through dsattn: other processors "
+                "were set after dsattn.enable(). Call dsattn.disable(...) and enable it again",
+                stacklevel=2,
+            )
 
     def begin(self, timestep: Any, coords: Tensor | None, dims: tuple[int, ...]) -> None:
         """Start of a forward pass, see :func:`dsattn.pipelines.custom_op.begin`."""
@@ -263,7 +284,7 @@ class ModelContext(custom_op.Addressable):
         else:
             self._pass = None
             return
-        self.run.begin(announced, timestep, size, self.family.timestep_rises)
+        self._starts = self.run.begin(announced, timestep, size)
         self._pass = _Pass(batch, size, self.run.branch(announced))
 
     def _size_of(self, coords: Tensor) -> Size:

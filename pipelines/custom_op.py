@@ -79,6 +79,7 @@ def attention(
         scale: softmax scale, None for ``D ** -0.5``.
         row: batch row, for models that call attention once per row; -1 when all rows come together.
         address: which processor.
+
     """
     out: Tensor = _find(address).dsattn_attend(query, key, value, mask, scale, row)
     return out.clone(memory_format=torch.contiguous_format) if out.data_ptr() == value.data_ptr() else out.contiguous()
@@ -102,6 +103,7 @@ def begin(timestep: Tensor, coords: Tensor | None, dims: list[int], address: Ten
         coords: token coordinates for models that give no grid, or None.
         dims: batch size, then latent frames, height, width in tokens (absent where only coordinates tell).
         address: which transformer.
+
     """
     _find(address).begin(timestep, coords, tuple(dims))
     return timestep.clone()

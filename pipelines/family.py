@@ -65,7 +65,7 @@ class Family:
         key_padding: a boolean mask ``[B, 1, 1, S]`` of this model marks a valid prefix of the keys.
         lazy_key_mask: the processor would expand a key mask to ``[B, 1, S, S]``; keep it a key mask.
         per_row: the processor calls attention once per batch row.
-        timestep_rises: the timestep runs from 0 upwards.
+
     """
 
     name: str
@@ -78,7 +78,6 @@ class Family:
     key_padding: bool = False
     lazy_key_mask: bool = False
     per_row: bool = False
-    timestep_rises: bool = False
 
     def attention_modules(self, transformer: nn.Module) -> list[tuple[str, nn.Module]]:
         """Attention modules to replace, in layer order."""
@@ -103,6 +102,7 @@ def grid_from_coords(coords: Tensor) -> tuple[int, int, int]:
 
     Returns:
         Frames, height and width in tokens; tokens in front of that are conditions.
+
     """
     points = (coords[0, ..., 0] if coords.ndim == 4 else coords[0]).float().cpu()
     time, row, column = (axis.flip(0).tolist() for axis in points)

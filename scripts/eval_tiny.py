@@ -3,9 +3,9 @@
     python scripts/eval_tiny.py --steps 12 --grid 33x256x256 --json scores.json --sheet sheet.png
 
 Every prompt names a (colour, shape, motion) combination that training never showed. The measurement is plain vision:
-saturated (or near-white) pixels are labelled with the nearest palette hue, the most frequent label is the object's colour,
-and the centroid of its largest connected region is tracked through the clip. The same measurement is first applied to
-rendered clips of the same prompts, whose truth is known.
+saturated (or near-white) pixels are labelled with the nearest palette hue, the most frequent label is the object's
+colour, and the centroid of its largest connected region is tracked through the clip. The same measurement is first
+applied to rendered clips of the same prompts, whose truth is known.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROMPT_SEED = 20_260
 MIN_AREA = 0.004
 """Smallest object, as a fraction of the frame."""
 MIN_TRAVEL = 0.12
-"""Smallest displacement over the clip that counts as motion, as a fraction of the frame (prompts ask for 0.38 to 0.52)."""
+"""Smallest displacement over the clip that counts as motion, as a fraction of the frame (clips have 0.38 to 0.52)."""
 
 
 @dataclass
@@ -50,12 +50,12 @@ def label_colours(frame: NDArray[np.float32]) -> NDArray[np.int64]:
     hues[names.index("white")] = np.inf
     hue = cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2HSV)[..., 0]
     gap = np.abs(hue[..., None] - hues)
-    labels = np.argmin(np.minimum(gap, np.abs(360 - gap)), axis=-1)
+    labels: NDArray[np.int64] = np.argmin(np.minimum(gap, np.abs(360 - gap)), axis=-1)
     high, low = frame.max(axis=-1), frame.min(axis=-1)
     white = low > 0.80
     labels[white] = names.index("white")
     labels[(high - low < 0.28) & ~white] = -1
-    return labels.astype(np.int64)
+    return labels
 
 
 def measure(video: NDArray[np.float32]) -> Measured:
@@ -110,23 +110,25 @@ def codec_psnr(codec: PatchCodec, scenes: list[data.Scene], frames: int, height:
     return float(-10 * np.log10(np.mean(errors)))
 
 
-def contact_sheet(path: Path, scenes: list[data.Scene], videos: list[NDArray[np.float32]], found: list[Measured]) -> None:
+def contact_sheet(
+    path: Path, scenes: list[data.Scene], videos: list[NDArray[np.float32]], found: list[Measured]
+) -> None:
     """One row per clip: five frames under its prompt; green text when colour and direction are right."""
     rows = []
     for scene, video, m in zip(scenes, videos, found, strict=True):
         picks = video[np.linspace(0, len(video) - 1, 5).round().astype(int)]
         strip = np.concatenate([cv2.resize(f, (128, 128), interpolation=cv2.INTER_AREA) for f in picks], axis=1)
-        canvas = np.ones((148, strip.shape[1], 3), np.float32)
-        canvas[20:] = strip
+        canvas = np.full((148, strip.shape[1], 3), 255, np.uint8)
+        canvas[20:] = np.clip(strip * 255, 0, 255)
         good = m.colour == scene.shapes[0].colour and m.direction == scene.shapes[0].motion
-        text = f"{scene.caption} -> {m.colour} {m.direction}"
-        cv2.putText(canvas, text, (2, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.36, (0, 0.5, 0) if good else (0.8, 0, 0), 1, cv2.LINE_AA)
+        text, ink = f"{scene.caption} -> {m.colour} {m.direction}", (0, 128, 0) if good else (200, 0, 0)
+        cv2.putText(canvas, text, (2, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.36, ink, 1, cv2.LINE_AA)
         rows.append(canvas)
     if len(rows) % 2:
-        rows.append(np.ones_like(rows[0]))
+        rows.append(np.full_like(rows[0], 255))
     half = len(rows) // 2
     sheet = np.concatenate([np.concatenate(rows[:half]), np.concatenate(rows[half:])], axis=1)
-    cv2.imwrite(str(path), (np.clip(sheet[..., ::-1], 0, 1) * 255).astype(np.uint8))
+    cv2.imwrite(str(path), np.ascontiguousarray(sheet[..., ::-1]))
 
 
 def main(
@@ -175,8 +177,18 @@ def main(
     if sheet:
         contact_sheet(sheet, scenes, videos, found)
     if json_out:
-        rows = [{"prompt": s.caption, "seed": seed + i} | asdict(m) for i, (s, m) in enumerate(zip(scenes, found, strict=True))]
-        report = {"scores": scores, "rendered": truth, "codec_psnr_db": psnr, "steps": steps, "grid": grid, "clips": rows}
+        rows = [
+            {"prompt": s.caption, "seed": seed + i} | asdict(m)
+            for i, (s, m) in enumerate(zip(scenes, found, strict=True))
+        ]
+        report = {
+            "scores": scores,
+            "rendered": truth,
+            "codec_psnr_db": psnr,
+            "steps": steps,
+            "grid": grid,
+            "clips": rows,
+        }
         json_out.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -1,7 +1,7 @@
 """A linear space-time patch codec with the interface WanPipeline expects from its VAE.
 
-Each 4 x 8 x 8 block of RGB pixels is one vector of 768 numbers; PCA keeps `z_dim` of them. The first latent frame codes
-frame 0 alone (repeated four times), so n frames give (n - 1) / 4 + 1 latent frames, as in Wan.
+Each 4 x 8 x 8 block of RGB pixels is one vector of 768 numbers; PCA keeps `z_dim` of them. The first latent frame
+codes frame 0 alone (repeated four times), so n frames give (n - 1) / 4 + 1 latent frames, as in Wan.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def from_patches(patches: Tensor) -> Tensor:
     return torch.cat([first, video[:, :, TEMPORAL:]], dim=2)
 
 
-class PatchCodec(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class PatchCodec(ModelMixin, ConfigMixin):
     """PCA patch codec. `decode` takes un-normalised latents `[B, z, f, h, w]`, as AutoencoderKLWan does.
 
-    The pipeline maps model latents z to codec latents by z * latents_std + latents_mean. `latents_std` is the square root
-    of each component's standard deviation (times a constant), which whitens half-way: strong components stay stronger,
-    so that noise hides layout last and detail first.
+    The pipeline maps model latents z to codec latents by z * latents_std + latents_mean. `latents_std` is the square
+    root of each component's standard deviation (times a constant), which whitens half-way: strong components stay
+    stronger, so that noise hides layout last and detail first.
     """
 
     @register_to_config
@@ -63,22 +63,27 @@ class PatchCodec(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @property
     def device(self) -> torch.device:
+        """Where the components live."""
         device: torch.device = self.components.device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of the components; `encode` and `decode` compute in it."""
         dtype: torch.dtype = self.components.dtype
         return dtype
 
     def encode(self, video: Tensor) -> Tensor:
         """`[B, 3, F, H, W]` in [-1, 1] -> codec latents `[B, z, f, h, w]` (not normalised)."""
         patches = to_patches(video.to(self.dtype)) - self.mean
-        return (patches @ self.components.T).movedim(-1, 1)
+        latents: Tensor = (patches @ self.components.T).movedim(-1, 1)
+        return latents
 
     def normalise(self, latents: Tensor) -> Tensor:
         """Codec latents -> the space the transformer works in."""
-        mean, std = (latents.new_tensor(v).view(1, -1, 1, 1, 1) for v in (self.config.latents_mean, self.config.latents_std))
+        mean, std = (
+            latents.new_tensor(v).view(1, -1, 1, 1, 1) for v in (self.config.latents_mean, self.config.latents_std)
+        )
         return (latents - mean) / std
 
     def decode(self, latents: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
@@ -104,4 +109,5 @@ def fit(patches: Tensor, z_dim: int, seed: int = 0) -> PatchCodec:
     codec = PatchCodec(z_dim=z_dim, latents_mean=[0.0] * z_dim, latents_std=[float(v) for v in std])
     codec.mean.copy_(torch.from_numpy(pca.mean_))
     codec.components.copy_(torch.from_numpy(pca.components_))
-    return codec.eval()
+    codec.eval()
+    return codec

@@ -59,7 +59,7 @@ DEFAULT_PROMPT = "a large red circle moves left over a striped background"
 
 @dataclass(frozen=True)
 class ShapeSpec:
-    """One moving shape. `centre` is its position at mid-clip and `travel` its path length, in fractions of the frame."""
+    """One moving shape. `centre` is its position at mid-clip, `travel` its path length, in fractions of the frame."""
 
     colour: str
     shape: str
@@ -72,6 +72,7 @@ class ShapeSpec:
 
     @property
     def combination(self) -> tuple[str, str, str]:
+        """What the held-out split is made of: (colour, shape, motion)."""
         return (self.colour, self.shape, self.motion)
 
 
@@ -141,6 +142,7 @@ def sample_scene(rng: np.random.Generator, held_out: bool = False, simple: bool 
         rng: the only source of randomness.
         held_out: draw the first shape from the held-out combinations (training scenes never contain one).
         simple: one moving shape, no pillar and no camera pan (what the evaluation uses).
+
     """
     motions = tuple(m for m in MOTIONS if m != "still")
     if held_out:
@@ -269,7 +271,7 @@ def _paste(video: FloatArray, spec: ShapeSpec) -> None:
 
 
 def render(scene: Scene, frames: int, height: int, width: int) -> FloatArray:
-    """Render a scene to `[frames, height, width, 3]`, float32 in [0, 1]. The same scene always gives the same pixels."""
+    """Render a scene to `[frames, height, width, 3]`, float32 in [0, 1]; the same scene gives the same pixels."""
     extra = round(0.35 * width) if scene.pan else 0
     canvas = render_background(scene.background, scene.texture_seed, height, width, extra)
     if extra:

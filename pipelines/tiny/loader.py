@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsattn.pipelines.tiny.codec import PatchCodec
 from dsattn.pipelines.tiny.model import (
@@ -29,7 +28,7 @@ CHECKSUMS = "checksums.json"
 _FILES = ("codec.safetensors", "text_encoder.safetensors", "transformer.safetensors", "config.json")
 
 
-class TinyPipeline(WanPipeline):  # type: ignore[misc]
+class TinyPipeline(WanPipeline):
     """WanPipeline with the small model's defaults: 256 x 256, 33 frames, 20 steps, its guidance scale."""
 
     def __call__(self, prompt: str | list[str] | None = None, **options: Any) -> Any:
@@ -55,10 +54,13 @@ def verify(folder: Path) -> None:
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file's SHA-256 is not the committed one.
+
     """
     listing = folder / CHECKSUMS
     if not listing.is_file():
-        raise FileNotFoundError(f"{listing} is missing: expected the small model's weights in {folder}; reinstall dsattn")
+        raise FileNotFoundError(
+            f"{listing} is missing: expected the small model's weights in {folder}; reinstall dsattn"
+        )
     expected = json.loads(listing.read_text())
     for name in _FILES:
         path = folder / name
@@ -72,6 +74,15 @@ def verify(folder: Path) -> None:
             )
 
 
+def _cast(model: nn.Module, dtype: torch.dtype) -> Any:
+    """Frozen model in `dtype`, except for the parts that diffusers keeps in float32 when it loads a checkpoint."""
+    keep = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not keep & set(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+    return model.eval().requires_grad_(False)
+
+
 def load_tiny(torch_dtype: torch.dtype = torch.float32, weights_dir: str | Path | None = None) -> TinyPipeline:
     """Build the pipeline from the packaged weights.
 
@@ -81,6 +92,7 @@ def load_tiny(torch_dtype: torch.dtype = torch.float32, weights_dir: str | Path 
 
     Raises:
         FileNotFoundError, ValueError: see `verify`.
+
     """
     folder = Path(weights_dir) if weights_dir is not None else WEIGHTS
     verify(folder)
@@ -95,11 +107,16 @@ def load_tiny(torch_dtype: torch.dtype = torch.float32, weights_dir: str | Path 
     transformer.load_state_dict(load_file(folder / "transformer.safetensors"))
     return TinyPipeline(
         tokenizer=tokenizer,
-        text_encoder=text_encoder.to(torch_dtype).eval().requires_grad_(False),
-        transformer=transformer.to(torch_dtype).eval().requires_grad_(False),
-        vae=codec.to(torch_dtype).eval(),
+        text_encoder=_cast(text_encoder, torch_dtype),
+        transformer=_cast(transformer, torch_dtype),
+        vae=_cast(codec, torch_dtype),
         scheduler=build_scheduler(),
     )
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """Large matrices are stored in float16 to halve the package, the rest in float32."""
+    return tensor.detach().to(torch.float16 if tensor.numel() > 32768 else torch.float32).contiguous()
 
 
 def export_weights(folder: Path, codec: PatchCodec, weights: dict[str, Tensor]) -> None:
@@ -107,13 +124,19 @@ def export_weights(folder: Path, codec: PatchCodec, weights: dict[str, Tensor]) 
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, dict[str, Tensor]] = {"codec.safetensors": dict(codec.state_dict())}
     for part in ("transformer", "text_encoder"):
-        files[f"{part}.safetensors"] = {n.removeprefix(f"{part}."): t for n, t in weights.items() if n.startswith(f"{part}.")}
-    config = {"codec": {k: v for k, v in codec.config.items() if not k.startswith("_")}, "vocabulary": build_vocabulary()}
+        files[f"{part}.safetensors"] = {
+            n.removeprefix(f"{part}."): t for n, t in weights.items() if n.startswith(f"{part}.")
+        }
+    config = {
+        "codec": {k: v for k, v in codec.config.items() if not k.startswith("_")},
+        "vocabulary": build_vocabulary(),
+    }
     fresh = {name: folder / f"{name}.tmp" for name in _FILES}
     for name, tensors in files.items():
-        save_file({n: t.detach().float().contiguous() for n, t in tensors.items()}, fresh[name])
+        save_file({n: _compact(t) for n, t in tensors.items()}, fresh[name])
     fresh["config.json"].write_text(json.dumps(config, indent=1) + "\n")
     sums = {name: _digest(path) for name, path in fresh.items()}
     for name, path in fresh.items():
-        os.replace(path, folder / name)
+        path.chmod(0o644)
+        path.replace(folder / name)
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")

@@ -1,0 +1,1 @@
+"""The command line. ``dsattn.cli.app.main`` is the ``dsattn`` command."""

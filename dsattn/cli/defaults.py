@@ -1,0 +1,8 @@
+"""What ``generate`` and ``compare`` do when neither a config file nor options say otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+DEFAULTS: dict[str, Any] = {"method": "topk", "dense_steps": 0.15, "dense_layers": ""}
+FPS = 16.0

@@ -1,0 +1,160 @@
+"""Loading the pipeline a command runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from dsattn.compare import Job
+from dsattn.errors import UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHIPPED = "shipped"
+
+
+@dataclass
+class Loaded:
+    """A pipeline on its device, what reports say about it, and the seconds it took to load."""
+
+    pipe: Any
+    info: dict[str, Any]
+    load_s: float
+
+
+def load(model: str | None, dtype: str | None, device: str | None) -> Loaded:
+    """Load the shipped model, or a diffusers pipeline from a folder or the Hub.
+
+    Raises:
+        UsageError: unknown dtype, unusable device, or a model that cannot be loaded.
+
+    """
+    place = _device(device)
+    name = dtype or ("bfloat16" if place.type == "cuda" else "float32")
+    if name not in DTYPES:
+        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}; got {name!r}")
+    began = time.perf_counter()
+    pipe, revision = _shipped(DTYPES[name]) if model is None else (_pretrained(model, DTYPES[name]), _revision(model))
+    pipe = pipe.to(place)
+    info = {
+        "id": model or SHIPPED,
+        "revision": revision,
+        "pipeline": type(pipe).__name__,
+        "dtype": name,
+        "device": str(place),
+    }
+    return Loaded(pipe, info, time.perf_counter() - began)
+
+
+def check_size(pipe: Any, job: Job) -> None:
+    """Sizes that the pipeline's latents cannot express; diffusers would round some of them.
+
+    Raises:
+        UsageError: naming the nearest sizes that work.
+
+    """
+    spatial = _first(pipe, "vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
+    temporal = _first(pipe, "vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
+    name = type(pipe).__name__
+    for side, value in (("--height", job.height), ("--width", job.width)):
+        if value is not None and spatial and value % spatial:
+            raise UsageError(
+                f"{side} must be a multiple of {spatial} for {name}, got {value}; try {_near(value, spatial, 0)}"
+            )
+    if job.frames is not None and temporal and (job.frames - 1) % temporal:
+        raise UsageError(
+            f"--frames must be {temporal}n+1 for {name}, got {job.frames}; try {_near(job.frames, temporal, 1)}"
+        )
+
+
+def note_unknown_words(model: str | None, prompt: str) -> None:
+    """Say on standard error which words the shipped model was never taught."""
+    if model is not None:
+        return
+    from dsattn.pipelines.tiny.data import DEFAULT_PROMPT, vocabulary
+
+    words = {word.strip(".,;:!?\"'").lower() for word in prompt.split()}
+    unknown = sorted(words - set(vocabulary()) - {""})
+    if unknown:
+        typer.echo(
+            f"note: the shipped model draws coloured shapes and does not know: {', '.join(unknown)}; "
+            f"it knows prompts like '{DEFAULT_PROMPT}'",
+            err=True,
+        )
+
+
+def _shipped(dtype: torch.dtype) -> tuple[Any, str]:
+    from dsattn.pipelines.tiny import loader
+
+    try:
+        pipe = loader.load_tiny(torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the shipped model cannot be loaded: {error}") from error
+    sums = json.loads((loader.WEIGHTS / loader.CHECKSUMS).read_text(encoding="utf-8"))
+    return pipe, f"sha256:{sums['transformer.safetensors'][:16]}"
+
+
+def _pretrained(model: str, dtype: torch.dtype) -> Any:
+    folder = Path(model).expanduser()
+    if folder.exists():
+        if not (folder / "model_index.json").is_file():
+            raise UsageError(
+                f"--model {model} is no diffusers pipeline: model_index.json is missing there; expected a folder made "
+                "by save_pretrained, or a Hub id"
+            )
+        model = str(folder)
+    elif model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise UsageError(f"--model {model} does not exist; expected a folder, or a Hub id such as Owner/Name")
+    try:
+        return _pipeline_class().from_pretrained(model, torch_dtype=dtype)
+    except (OSError, ValueError, AttributeError, ImportError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(
+            f"--model {model} cannot be loaded: {first} (a Hub id needs a network or an earlier download; leave "
+            "--model out for the shipped model)"
+        ) from error
+
+
+def _pipeline_class() -> Any:
+    """``diffusers.DiffusionPipeline``, which is the base of the shipped pipeline: only pipelines/ imports diffusers."""
+    from dsattn.pipelines.tiny.loader import TinyPipeline
+
+    return next(base for base in TinyPipeline.__mro__ if base.__name__ == "DiffusionPipeline")
+
+
+def _revision(model: str) -> str | None:
+    """Commit of a Hub download, None for a folder."""
+    if Path(model).expanduser().exists():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(model, "model_index.json")
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"--device {name} cannot be used: {first}") from error
+    if device.type == "meta":
+        raise UsageError("--device meta computes nothing; expected cpu, cuda or cuda:N")
+    return device
+
+
+def _first(pipe: Any, *names: str) -> int | None:
+    return next((int(value) for name in names if isinstance(value := getattr(pipe, name, None), int)), None)
+
+
+def _near(value: int, factor: int, offset: int) -> str:
+    low = (value - offset) // factor * factor + offset
+    return " or ".join(str(n) for n in (low, low + factor) if n > 0)

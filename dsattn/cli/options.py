@@ -1,0 +1,141 @@
+"""Options that ``generate`` and ``compare`` share, and what they add up to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dsattn.cli.defaults import DEFAULTS
+from dsattn.compare import Job
+from dsattn.config import Config, load_config
+from dsattn.engine import Engine
+from dsattn.errors import UsageError
+
+Prompt = Annotated[
+    str | None, typer.Argument(help="What the video shows; may be left out with the shipped model.", show_default=False)
+]
+Model = Annotated[
+    str | None, typer.Option(help="Folder or Hub id of a diffusers pipeline; without it the shipped model.")
+]
+Method = Annotated[str | None, typer.Option(help=f"Name from 'dsattn methods'; {DEFAULTS['method']} by default.")]
+ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file of options; flags go before it.")]
+Options = Annotated[
+    list[str] | None, typer.Option("--option", "-O", metavar="NAME=VALUE", help="An option of method or engine.")
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
+Height = Annotated[int | None, typer.Option(min=1, help="Pixels.")]
+Width = Annotated[int | None, typer.Option(min=1, help="Pixels.")]
+Frames = Annotated[int | None, typer.Option(min=1, help="Frames of the video.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the initial noise.")]
+NegativePrompt = Annotated[str | None, typer.Option(help="What the video should not show.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 on a GPU, else float32 by default.")
+]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu ...; the first GPU if there is one.")]
+DenseSteps = Annotated[str | None, typer.Option(help="First steps that stay dense: a count (3) or a share (0.2).")]
+DenseLayers = Annotated[str | None, typer.Option(help="Layers that stay dense, such as 0-1,29.")]
+Refresh = Annotated[int | None, typer.Option(min=1, help="Make a new plan every so many sparse steps.")]
+Impl = Annotated[str | None, typer.Option(help="auto, triton, flex, torch or reference.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Fail (exit code 3) instead of falling back to dense.")]
+Fps = Annotated[float, typer.Option(help="Frames per second of the file.")]
+Json = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
+
+_ENGINE = ("method", "dense_steps", "dense_layers", "refresh", "impl")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked command line.
+
+    Args:
+        job: what to generate.
+        config: of the engine.
+        params: every option as parsed, by name.
+        command: the command line itself.
+
+    """
+
+    job: Job
+    config: Config
+    params: Mapping[str, Any]
+    command: str
+
+    @classmethod
+    def of(cls, context: typer.Context) -> Request:
+        """From the parsed options of a command.
+
+        Raises:
+            UsageError: naming the option, what was expected and what came.
+
+        """
+        import shlex
+        import sys
+
+        params = context.params
+        for name in ("guidance", "fps", "min_psnr"):
+            value = params.get(name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"--{name.replace('_', '-')} must be a number of at least 0, got {value}")
+        if params["fps"] == 0:
+            raise UsageError("--fps must be above 0, got 0")
+        if params["seed"] >= 2**63:
+            raise UsageError(f"--seed must be below 2**63, got {params['seed']}")
+        words = context.obj if isinstance(context.obj, list) else sys.argv[1:]
+        names = ("seed", "negative_prompt", "height", "width", "frames", "steps", "guidance")
+        job = Job(prompt=_prompt(params), **{name: params[name] for name in names})
+        return cls(job, _config(params), params, shlex.join(["dsattn", *words]))
+
+
+def _prompt(params: Mapping[str, Any]) -> str:
+    prompt: str | None = params["prompt"]
+    if prompt is None:
+        if params["model"] is not None:
+            raise UsageError("PROMPT is missing: with --model, say in words what the video shows")
+        from dsattn.pipelines.tiny.data import DEFAULT_PROMPT
+
+        return str(DEFAULT_PROMPT)
+    if not prompt.strip():
+        raise UsageError("PROMPT is empty: expected words that say what the video shows")
+    return prompt
+
+
+def _config(params: Mapping[str, Any]) -> Config:
+    """Flags before ``-O`` before the config file; without a file, before the command line's defaults."""
+    file = params["config"]
+    values = dict(DEFAULTS) if file is None else load_config(Path(file)).to_dict()
+    for item in params["option"] or ():
+        name, equals, text = item.partition("=")
+        if not equals or not name.strip():
+            raise UsageError(f"-O must be name=value, got {item!r}; example: -O density=0.3")
+        values[name.strip().replace("-", "_")] = _value(text)
+    values |= {name: params[name] for name in _ENGINE if params[name] is not None}
+    values |= {"strict": True} if params["strict"] else {}
+    if isinstance(values["dense_steps"], str):
+        values["dense_steps"] = _value(values["dense_steps"])
+    config = Config.from_dict(values)
+    Engine(config)  # refuses an unknown method and options it does not have
+    return config
+
+
+def _value(text: str) -> Any:
+    """A number, true, false, null or a list as YAML reads it; else the text itself."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{text!r} is not a value: {' '.join(str(error).split())}") from error
+    if isinstance(value, str):
+        # YAML 1.1 takes 1e-3 for a text.
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,84 @@
+"""Files and lines that both commands write."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from dsattn.cli.options import Request
+from dsattn.compare import Run
+from dsattn.report import environment
+
+RUN_SCHEMA = "dsattn.run/1"
+
+
+def print_json(value: Any) -> None:
+    """To standard output."""
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def sidecar(path: Path) -> Path:
+    """Where the description of a video stands: ``meta/<name>.json`` beside it."""
+    return path.parent / "meta" / f"{path.stem}.json"
+
+
+def describe(run: Run, request: Request, model: dict[str, Any]) -> dict[str, Any]:
+    """What made a video, as plain values: model, shape, seed, method, times, density, fallbacks, versions."""
+    if run.frames is None:
+        raise ValueError("a run that was not decoded has no video to describe")
+    frames, height, width = run.frames.shape[:3]
+    summary = run.summary or {}
+    job = request.job
+    return {
+        "schema": RUN_SCHEMA,
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": request.command,
+        "prompt": job.prompt,
+        "negative_prompt": job.negative_prompt,
+        "seed": job.seed,
+        "model": model,
+        "shape": {
+            "height": height,
+            "width": width,
+            "frames": frames,
+            "fps": request.params["fps"],
+            "steps": len(run.step_s),
+            "guidance": run.guidance,
+        },
+        "method": summary.get("method", "dense"),
+        "config": summary.get("config", {}),
+        "times_s": {
+            "e2e": run.e2e_s,
+            "denoise": run.denoise_s,
+            "text": run.text_s,
+            "vae": run.vae_s,
+            "steps": run.step_s,
+        },
+        "peak_memory": run.memory,
+        "density": {
+            "all_calls": summary.get("density_all_calls", 1.0),
+            "sparse_calls": summary.get("density_sparse_calls"),
+        },
+        "calls": summary.get("calls", {}),
+        "impls": summary.get("impls", {}),
+        "fallbacks": [{"reason": why, "calls": n} for why, n in summary.get("fallbacks", {}).items()],
+        "env": environment(),
+    }
+
+
+def counts(values: dict[str, int]) -> str:
+    """``flex 216, pipeline 24``."""
+    return ", ".join(f"{name} {number:,}" for name, number in values.items()) or "none"
+
+
+def seconds(value: float | None) -> str:
+    """``0.03 s``, ``12.3 s`` or ``31m35s``; ``n/a`` of nothing."""
+    if value is None:
+        return "n/a"
+    if value >= 600:
+        return f"{int(value) // 60}m{int(value) % 60:02d}s"
+    return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s" if value >= 0.1 else f"{value * 1000:.1f} ms"

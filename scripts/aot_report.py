@@ -1,0 +1,278 @@
+"""Compiles the Triton attention kernel for many GPUs, on a machine without any, and shows what it needs there.
+
+`python scripts/aot_report.py` prints registers, spills, shared memory and the matrix and copy instructions of every
+variant. `--check` compares with kernels/resource_budget.json and fails on a spill or a compile error too many.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import triton
+import typer
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dsattn.kernels import block_sparse
+
+BUDGET = Path(__file__).resolve().parent.parent / "kernels" / "resource_budget.json"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# What a plan may ask of the kernel, by the flags it sets. Clusters are variable-size blocks in an order.
+FEATURES = {
+    "fixed": (),
+    "order": ("order",),
+    "clusters": ("order", "starts"),
+    "tail": ("tail",),
+    "all": ("order", "starts", "tail", "key_lengths"),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of the kernel."""
+
+    dtype: str
+    head_dim: int
+    block_q: int
+    block_k: int
+    features: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.dtype} d{self.head_dim} {self.block_q}x{self.block_k} {self.features}"
+
+
+VARIANTS = [
+    *(Variant("bf16", 128, 128, 64, features) for features in FEATURES),
+    Variant("bf16", 128, 64, 64, "fixed"),
+    Variant("bf16", 64, 128, 64, "all"),
+    Variant("bf16", 256, 64, 64, "fixed"),
+    Variant("fp16", 128, 128, 64, "fixed"),
+    Variant("fp32", 64, 64, 64, "all"),
+    Variant("fp32", 128, 64, 64, "fixed"),
+]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the compiler made of a variant; counts are static instructions. Spills are registers per thread."""
+
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    wgmma: int = 0
+    tcgen05: int = 0
+    mma: int = 0
+    tma: int = 0
+    cp_async: int = 0
+    error: str | None = None
+
+
+def source(variant: Variant, target: GPUTarget) -> tuple[ASTSource, block_sparse.Tiles]:
+    """The kernel as the launcher would specialise it: contiguous head_dim, 16-byte aligned tensors and rows."""
+    dtype, dim = DTYPES[variant.dtype], variant.head_dim
+    tiles = block_sparse.pick_tiles(variant.block_q, variant.block_k, dim, dtype, target.arch)
+    has = {feature: feature in FEATURES[variant.features] for feature in FEATURES["all"]}
+    element = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}[variant.dtype]
+    padded = max(16, triton.next_power_of_2(dim))
+    pointers = {
+        **dict.fromkeys(("Q", "K", "V", "Out"), element),
+        **dict.fromkeys(("Lse",), "*fp32"),
+        **dict.fromkeys(("Counts", "Indices"), "*i32"),
+        **dict.fromkeys(("QOrder", "KOrder"), "*i64" if has["order"] else None),
+        **dict.fromkeys(("TileBlock", "TileStart", "QStarts", "KStarts"), "*i32" if has["starts"] else None),
+        "KeyLengths": "*i32" if has["key_lengths"] else None,
+        **dict.fromkeys(("PooledK", "PooledV"), element if has["tail"] else None),
+        "LogCount": "*fp32" if has["tail"] else None,
+        "Kept": "*u8" if has["tail"] else None,
+    }
+    constants: dict[str, Any] = {
+        "D": dim, "DV": dim, "BLOCK_D": padded, "BLOCK_DV": padded,
+        "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
+        "TILES_Q": triton.cdiv(variant.block_q, tiles.block_m), "TILES_K": triton.cdiv(variant.block_k, tiles.block_n),
+        "HAS_Q_ORDER": has["order"], "HAS_K_ORDER": has["order"],
+        "HAS_Q_STARTS": has["starts"], "HAS_K_STARTS": has["starts"],
+        "HAS_KEY_LENGTHS": has["key_lengths"], "HAS_TAIL": has["tail"],
+        "PRECISION": block_sparse.precision(dtype, target.backend),
+        "stride_qd": 1, "stride_kd": 1, "stride_vd": 1,
+    }  # fmt: skip
+    constants.update({name: None for name, kind in pointers.items() if kind is None})
+    kernel = block_sparse._forward
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        kind = "fp32" if name == "scale" else pointers.get(name) or "i32"
+        signature[name] = "constexpr" if name in constants else kind
+        aligned = kind.startswith("*") or re.fullmatch(r"stride_[qkvo][bsh]", name)
+        if name not in constants and aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), tiles
+
+
+def measure(variant: Variant, target_name: str) -> Measured:
+    """Compile one variant; an error of the compiler is a result, not an exception."""
+    target = TARGETS[target_name]
+    kernel, tiles = source(variant, target)
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
+    try:
+        compiled = triton.compile(kernel, target=target, options=options)
+    except Exception as error:  # noqa: BLE001 - whatever the compiler raises is reported
+        lines = str(error).strip().splitlines() or [""]
+        return Measured(error=f"{type(error).__name__}: {lines[0]}")
+    shared = int(compiled.metadata.shared)
+    return _nvidia(compiled, shared) if target.backend == "cuda" else _amd(compiled.asm["amdgcn"], shared)
+
+
+def _nvidia(compiled: Any, shared: int) -> Measured:
+    ptx = compiled.asm["ptx"]
+    registers, stack = _cubin_usage(compiled.asm["cubin"])
+    return Measured(
+        registers=registers,
+        spills=stack // 4,
+        shared=shared,
+        wgmma=ptx.count("wgmma.mma_async"),
+        tcgen05=ptx.count("tcgen05.mma"),
+        mma=ptx.count("mma.sync"),
+        tma=ptx.count("cp.async.bulk.tensor"),
+        cp_async=len(re.findall(r"cp\.async\.c[ag]\.", ptx)),
+    )
+
+
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes per thread. The kernel has no arrays of its own: its stack is spills."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage.stdout!r}")
+    return int(found[1]), int(found[2])
+
+
+def _amd(assembly: str, shared: int) -> Measured:
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        if found is None:
+            raise RuntimeError(f"the assembly names no {name}")
+        return int(found[1])
+
+    return Measured(
+        registers=field("vgpr_count"),
+        spills=field("vgpr_spill_count"),
+        shared=shared,
+        mma=len(re.findall(r"\bv_mfma_", assembly)),
+    )
+
+
+def violations(results: dict[tuple[str, str], Measured], budget: dict[str, Any]) -> list[str]:
+    """One line per compile error, variant without a budget, or figure above it."""
+    lines = []
+    for (target, name), got in results.items():
+        allowed = budget.get(target, {}).get(name)
+        if got.error:
+            lines.append(f"{target} {name}: does not compile: {got.error}")
+        elif allowed is None:
+            lines.append(f"{target} {name}: has no budget; add it with --write-budget")
+        else:
+            lines += [
+                f"{target} {name}: {key} {getattr(got, key)}, budget {allowed[key]}"
+                for key in ("spills", "shared")
+                if getattr(got, key) > allowed[key]
+            ]
+    return lines
+
+
+def _write_budget(results: dict[tuple[str, str], Measured], budget: dict[str, Any]) -> None:
+    for (target, name), got in results.items():
+        if got.error:
+            raise SystemExit(f"{target} {name}: does not compile: {got.error}")
+        # Compiler versions differ by a few hundred bytes of scratch: budgets are whole KiB with one to spare.
+        shared = (got.shared // 1024 + 2) * 1024
+        budget.setdefault(target, {})[name] = {"spills": got.spills, "shared": shared}
+    rows = {
+        target: "{\n" + ",\n".join(f'    "{name}": {json.dumps(b)}' for name, b in per.items()) + "\n  }"
+        for target, per in budget.items()
+    }
+    BUDGET.write_text("{\n" + ",\n".join(f'  "{target}": {row}' for target, row in rows.items()) + "\n}\n")
+
+
+def _table(results: dict[tuple[str, str], Measured]) -> Table:
+    table = Table(title=f"block-sparse attention kernel, Triton {triton.__version__}")
+    columns = ("registers", "spills", "shared", "wgmma", "tcgen05", "mma", "tma", "cp_async")
+    table.add_column("target")
+    table.add_column("dtype, head_dim, blocks, features")
+    table.add_column("tiles")
+    for column in columns:
+        table.add_column(column, justify="right")
+    variants = {variant.name: variant for variant in VARIANTS}
+    for (target, name), got in results.items():
+        variant = variants[name]
+        tiles = block_sparse.pick_tiles(
+            variant.block_q, variant.block_k, variant.head_dim, DTYPES[variant.dtype], TARGETS[target].arch
+        )
+        shape = f"{tiles.block_m}x{tiles.block_n} w{tiles.warps} s{tiles.stages}"
+        cells = ["error"] if got.error else [str(getattr(got, column) or "-") for column in columns]
+        table.add_row(target, name, shape, *cells)
+    return table
+
+
+def main(
+    target: Annotated[
+        list[str] | None, typer.Option(help=f"GPU, repeatable: {', '.join(TARGETS)}. All by default.")
+    ] = None,
+    variant: Annotated[str, typer.Option(help="Only variants whose name contains this.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    check: Annotated[bool, typer.Option(help="Exit 1 where a variant exceeds kernels/resource_budget.json.")] = False,
+    write_budget: Annotated[bool, typer.Option(help="Make today's figures the budget.")] = False,
+    jobs: Annotated[int, typer.Option(help="Processes that compile at once.")] = min(os.cpu_count() or 1, 8),
+) -> None:
+    """Compile the attention kernel ahead of time and report what it needs on each GPU."""
+    if unknown := set(target or ()) - set(TARGETS):
+        raise typer.BadParameter(f"unknown target {', '.join(sorted(unknown))}; known: {', '.join(TARGETS)}")
+    if block_sparse.why_unavailable(torch.device("cpu")) is None:
+        raise typer.BadParameter("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
+    work = [(v, t) for t in target or TARGETS for v in VARIANTS if variant in v.name]
+    if not work:
+        raise typer.BadParameter(f"no variant contains {variant!r}; there are: {'; '.join(v.name for v in VARIANTS)}")
+    with ProcessPoolExecutor(min(jobs, len(work)), mp_context=get_context("spawn")) as pool:
+        measured = list(pool.map(measure, *zip(*work, strict=True)))
+    results = {(t, v.name): m for (v, t), m in zip(work, measured, strict=True)}
+
+    if as_json:
+        listed = [{"target": t, "variant": name, **asdict(m)} for (t, name), m in results.items()]
+        print(json.dumps({"triton": triton.__version__, "results": listed}, indent=2))
+    else:
+        Console(width=None if Console().is_terminal else 150).print(_table(results))
+    budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+    if write_budget:
+        _write_budget(results, budget)
+    failed = [f"{t} {name}: {m.error}" for (t, name), m in results.items() if m.error]
+    if lines := violations(results, budget) if check else failed:
+        for line in lines:
+            typer.echo(line, err=True)
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,77 @@
+"""The compile report for one GPU: what it prints, and that `--check` fails where it must."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "aot_report.py"
+
+
+def report(*arguments: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    # The interpreter of the other tests compiles nothing.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(root / "scripts" / "aot_report.py"), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("aot_report", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["aot_report"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_report_on_one_gpu():
+    done = report("--target", "sm_90", "--variant", "d128 128x64 fixed", "--json", "--check", "--jobs", "1")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)["results"]
+    assert [(r["target"], r["variant"]) for r in results] == [
+        ("sm_90", "bf16 d128 128x64 fixed"),
+        ("sm_90", "fp16 d128 128x64 fixed"),
+    ]
+    for result in results:
+        assert result["error"] is None and result["spills"] == 0
+        assert 64 <= result["registers"] <= 255 and result["shared"] > 16384
+        assert result["wgmma"] > 0 and result["tcgen05"] == 0 and result["cp_async"] > 0
+
+
+def test_unknown_target_and_variant():
+    done = report("--target", "sm_75")
+    assert done.returncode == 2 and "sm_75" in done.stderr and "sm_80" in done.stderr
+    done = report("--variant", "int8")
+    assert done.returncode == 2 and "int8" in done.stderr
+
+
+def test_violations_name_target_variant_figure_and_budget(script):
+    results = {
+        ("sm_90", "a"): script.Measured(spills=4, shared=2000),
+        ("sm_90", "b"): script.Measured(error="CompilationError: no"),
+        ("gfx942", "a"): script.Measured(spills=1),
+        ("gfx942", "c"): script.Measured(spills=9),
+    }
+    budget = {"sm_90": {"a": {"spills": 0, "shared": 1000}}, "gfx942": {"a": {"spills": 1, "shared": 0}}}
+    assert script.violations(results, budget) == [
+        "sm_90 a: spills 4, budget 0",
+        "sm_90 a: shared 2000, budget 1000",
+        "sm_90 b: does not compile: CompilationError: no",
+        "gfx942 c: has no budget; add it with --write-budget",
+    ]
+
+
+def test_budget_covers_every_variant_and_allows_no_spills_in_common_ones(script):
+    budget = json.loads((ROOT / "kernels" / "resource_budget.json").read_text())
+    names = {variant.name for variant in script.VARIANTS}
+    assert set(budget) == set(script.TARGETS)
+    for target, variants in budget.items():
+        assert set(variants) == names, target
+        for name, allowed in variants.items():
+            assert allowed["spills"] == 0 or name.endswith(" all"), f"{target} {name}"
+            assert allowed["spills"] <= 4 and allowed["shared"] <= 227 * 1024

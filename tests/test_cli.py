@@ -1,0 +1,263 @@
+"""The command line on the shipped model: what it writes, what it says, and how it fails."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+
+import dsattn
+from dsattn.cli.app import run
+from dsattn.cli.defaults import DEFAULTS
+from dsattn.cli.errors import FAILED, INTERRUPTED, MEMORY, QUALITY, STRICT, USAGE, explain
+from dsattn.video import CAPTION_HEIGHT, read_mp4
+
+from . import tiny_pipelines
+
+PROMPT = "a large red circle moves left over a striped background"
+SMALL = ["--height", "48", "--width", "64", "--frames", "5", "--steps", "2"]
+SPARSE = ["--impl", "torch", "-O", "block_q=16", "-O", "block_k=16", "-O", "density=0.4"]
+SCHEMA = json.loads(Path(dsattn.__file__).with_name("report.schema.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_generate(tmp_path, capsys):
+    assert run(["generate", PROMPT, *SMALL, *SPARSE, "--dense-steps", "1", "--seed", "5", "-o", "a/clip.mp4"]) == 0
+    assert files(tmp_path) == ["a/clip.mp4", "a/meta/clip.json"]
+    assert read_mp4(Path("a/clip.mp4")).shape == (5, 48, 64, 3)
+    side = json.loads(Path("a/meta/clip.json").read_text())
+    assert side["schema"] == "dsattn.run/1" and side["seed"] == 5 and side["prompt"] == PROMPT
+    assert side["config"]["density"] == 0.4 and side["config"]["dense_steps"] == 1 and side["method"] == "topk"
+    assert side["calls"] == {"dense": 12, "refresh": 12} and side["impls"] == {"pipeline": 12, "torch": 12}
+    assert len(side["times_s"]["steps"]) == 2 and side["fallbacks"] == []
+    assert side["command"].startswith("dsattn generate 'a large red circle")
+    out, err = capsys.readouterr()
+    assert "saved" in out and "a/clip.mp4" in out and "density" in out and "torch 12" in out
+    assert err == "", "no progress bar where nobody watches"
+
+
+def test_generate_json_dense_and_default_prompt(capsys):
+    assert run(["generate", *SMALL, "--method", "dense", "--json"]) == 0
+    out, _ = capsys.readouterr()
+    value = json.loads(out)
+    assert value["prompt"] == PROMPT and value["method"] == "dense" and value["output"] == "out.mp4"
+    assert Path("out.mp4").is_file() and value["density"] == {"all_calls": 1.0, "sparse_calls": None}
+
+
+def test_config_file_and_what_goes_before_it(tmp_path, capsys):
+    Path("c.yaml").write_text("method: topk\ndensity: 0.7\nblock_q: 16\nblock_k: 16\nrefresh: 3\nimpl: torch\n")
+    command = ["generate", *SMALL, "--config", "c.yaml", "-O", "density=5e-1", "--refresh", "2", "--json"]
+    assert run(command) == 0
+    config = json.loads(capsys.readouterr().out)["config"]
+    assert (config["density"], config["refresh"], config["block_q"]) == (0.5, 2, 16)
+    assert config["dense_steps"] == 0, "a config file stands alone: the command line's own schedule is not mixed in"
+
+
+def test_default_schedule(capsys):
+    assert run(["generate", *SMALL, "--impl", "torch", "--json"]) == 0
+    config = json.loads(capsys.readouterr().out)["config"]
+    assert config["method"] == DEFAULTS["method"] and config["dense_steps"] == DEFAULTS["dense_steps"]
+
+
+def test_compare(tmp_path, capsys):
+    command = ["compare", PROMPT, *SMALL, *SPARSE, "--dense-steps", "1", "--out", "r", "--min-psnr", "90"]
+    assert run(command) == QUALITY
+    assert files(tmp_path / "r") == [
+        "dense.mp4",
+        "meta/dense.json",
+        "meta/sparse.json",
+        "report.json",
+        "side_by_side.mp4",
+        "sparse.mp4",
+    ]
+    report = json.loads(Path("r/report.json").read_text())
+    jsonschema.validate(report, SCHEMA)
+    assert report["protocol"]["order"] == "DSDS" and report["fidelity"]["noise_floor"]["identical"]
+    assert report["runs"]["sparse"]["calls"] == {"dense": 12, "refresh": 12}
+    assert all((tmp_path / "r" / name).is_file() for name in [*report["files"].values()])
+    panels = read_mp4(Path("r/side_by_side.mp4"))
+    assert panels.shape == (5, 48 * 5 + CAPTION_HEIGHT, 3 * 64 * 5, 3)
+    out, err = capsys.readouterr()
+    for word in ("E2E", "denoise", "attention", "plan", "density", "PSNR", "SSIM", "FLOP bound", "baseline", "saved"):
+        assert word in out
+    assert report["speedup"]["headline"] in out
+    assert err.strip().startswith("dsattn: error: mean PSNR against dense is") and err.count("\n") == 1
+
+
+def test_compare_json_is_the_report(capsys):
+    assert run(["compare", *SMALL, *SPARSE, "--repeats", "1", "--min-psnr", "1", "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    jsonschema.validate(value, SCHEMA)
+    assert value == json.loads(Path("out/report.json").read_text())
+    assert value["fidelity"]["noise_floor"] is None
+
+
+def test_a_saved_pipeline_can_be_named(tmp_path, capsys):
+    pipe, _ = tiny_pipelines.wan()
+    pipe.save_pretrained(tmp_path / "wan")
+    size = ["--height", "32", "--width", "48", "--frames", "5", "--steps", "2"]
+    assert run(["generate", "a cat", "--model", str(tmp_path / "wan"), *size, "--impl", "torch", "--json"]) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["model"]["pipeline"] == "WanPipeline" and value["calls"]["refresh"] > 0
+    frames = ["--height", "32", "--width", "48", "--frames", "6"]
+    assert run(["generate", "a cat", "--model", str(tmp_path / "wan"), *frames, "-o", "b.mp4"]) == USAGE
+    assert "--frames must be 4n+1 for WanPipeline, got 6; try 5 or 9" in capsys.readouterr().err
+
+
+def test_methods_and_doctor(capsys):
+    assert run(["methods", "--json"]) == 0
+    methods = json.loads(capsys.readouterr().out)
+    assert set(methods) == set(dsattn.METHODS)
+    assert methods["topk"]["options"]["block_q"] == 64 and methods["topk"]["source"]
+    assert run(["methods"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in dsattn.METHODS) and "tail=pooled" in text
+    assert run(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["devices"]["cpu"]["chosen"] in ("flex", "torch") and found["shipped_model"] == "intact"
+    assert found["devices"]["cpu"]["impls"]["torch"] is None
+    assert (
+        "CUDA" in found["devices"]["cpu"]["impls"]["triton"] or "triton" in found["devices"]["cpu"]["impls"]["triton"]
+    )
+    assert run(["doctor"]) == 0
+    assert "dsattn chooses" in capsys.readouterr().out
+
+
+BAD = [
+    (["generate", PROMPT, "--method", "topc"], ["unknown method 'topc'", "topk"]),
+    (["generate", PROMPT, "-O", "densty=0.3"], ["densty", "density"]),
+    (["generate", PROMPT, "-O", "density"], ["name=value", "'density'"]),
+    (["generate", PROMPT, "-O", "density=[1"], ["'[1'"]),
+    (["generate", PROMPT, "-O", "density=2"], ["density", "[0, 1]", "2"]),
+    (["generate", PROMPT, "--impl", "cuda"], ["impl", "triton, flex, torch", "cuda"]),
+    (["generate", PROMPT, "--dense-steps", "lots"], ["dense_steps", "'lots'"]),
+    (["generate", PROMPT, "--dense-layers", "a-b"], ["dense_layers", "a-b"]),
+    (["generate", PROMPT, "--steps", "0"], ["--steps", "0"]),
+    (["generate", PROMPT, "--refresh", "0"], ["--refresh", "0"]),
+    (["generate", PROMPT, "--seed", "-1"], ["--seed", "-1"]),
+    (["generate", PROMPT, "--seed", str(2**63)], ["--seed", "2**63"]),
+    (["generate", PROMPT, "--guidance", "nan"], ["--guidance", "nan"]),
+    (["generate", PROMPT, "--fps", "0"], ["--fps"]),
+    (["generate", PROMPT, "--stepz", "3"], ["--stepz", "--steps"]),
+    (["generate", " "], ["PROMPT is empty"]),
+    (["generate", PROMPT, "--config", "no.yaml"], ["no.yaml", "cannot be read"]),
+    (["generate", PROMPT, "--config", "broken.yaml"], ["broken.yaml", "YAML"]),
+    (["generate", PROMPT, "--config", "list.yaml"], ["list.yaml", "name: value"]),
+    (["generate", PROMPT, "-o", "clip.gif"], [".mp4", "clip.gif"]),
+    (["generate", PROMPT, "-o", "/proc/nowhere/clip.mp4"], ["/proc", "cannot be written"]),
+    (["generate", PROMPT, "-o", "broken.yaml/clip.mp4"], ["broken.yaml is a file"]),
+    (["generate", PROMPT, "--dtype", "int8"], ["--dtype", "float32, bfloat16, float16", "int8"]),
+    (["generate", PROMPT, "--device", "abacus"], ["--device abacus"]),
+    (["generate", PROMPT, "--device", "meta"], ["--device meta"]),
+    (["generate", PROMPT, "--model", "./nowhere"], ["./nowhere", "does not exist"]),
+    (["generate", PROMPT, "--model", "empty"], ["empty", "model_index.json"]),
+    (["generate", PROMPT, "--model", "nobody/nothing"], ["nobody/nothing", "network"]),
+    (["generate", "--model", "nobody/nothing"], ["PROMPT is missing"]),
+    (["generate", PROMPT, "--frames", "6"], ["--frames must be 4n+1", "6", "5 or 9"]),
+    (["generate", PROMPT, "--height", "100"], ["--height", "multiple of 8", "100", "96 or 104"]),
+    (["generate", PROMPT, "--height", "104", "--frames", "5"], ["divisible by 16", "104"]),
+    (["compare", PROMPT, "--method", "dense"], ["sparse method", "dense"]),
+    (["compare", PROMPT, "--out", "broken.yaml"], ["broken.yaml is a file"]),
+    (["compare", PROMPT, "--repeats", "0"], ["--repeats", "0"]),
+    (["compare", PROMPT, "--min-psnr", "-3"], ["--min-psnr", "-3"]),
+    (["compress"], ["compress", "compare"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=lambda value: " ".join(value)[-40:])
+def test_bad_input_is_one_clear_line(arguments, words, tmp_path, capsys):
+    Path("broken.yaml").write_text("a: [1\n b: }")
+    Path("list.yaml").write_text("- 1\n- 2\n")
+    Path("empty").mkdir()
+    before = files(tmp_path)
+    assert run(arguments) == USAGE
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("dsattn: error: ") and err.count("\n") == 1, err
+    for word in words:
+        assert word in err
+    assert files(tmp_path) == before, "nothing is written"
+
+
+def test_unavailable_kernel_is_named(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("Triton runs on this machine's GPU")
+    assert run(["generate", *SMALL, "--impl", "triton"]) == USAGE
+    assert "impl='triton' cannot run" in capsys.readouterr().err
+    assert not Path("out.mp4").exists()
+
+
+def test_out_of_memory(capsys):
+    """More latents than the address space holds: the allocator says no at once."""
+    size = ["--height", "160000", "--width", "160000", "--frames", "40001", "--steps", "1"]
+    assert run(["generate", PROMPT, *size]) == MEMORY
+    err = capsys.readouterr().err
+    assert "out of memory" in err and "--height" in err and err.count("\n") == 1
+    assert not Path("out.mp4").exists()
+
+
+def test_exit_codes_of_errors():
+    engine = dsattn.Engine("topk", strict=True)
+    with pytest.raises(dsattn.StrictFallbackError) as caught:
+        engine.fallback(None, "a mask", lambda: torch.zeros(1))
+    code, line = explain(caught.value)
+    assert code == STRICT and "a mask" in line
+    assert explain(MemoryError())[0] == MEMORY
+    assert explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))[0] == MEMORY
+    assert explain(RuntimeError("shapes differ")) == (
+        FAILED,
+        "unexpected RuntimeError: shapes differ; run again with --debug for the traceback",
+    )
+    assert explain(KeyboardInterrupt())[0] == INTERRUPTED
+    assert explain(dsattn.DsattnError("two\nlines")) == (FAILED, "two lines")
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert run(["generate", PROMPT, "--method", "nope", "--debug"]) == USAGE
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.strip().splitlines()[-1].startswith("dsattn: error: unknown method")
+
+
+def test_unknown_words_are_pointed_out(capsys):
+    assert run(["generate", "a red fox", *SMALL, "--method", "dense"]) == 0
+    err = capsys.readouterr().err
+    assert "fox" in err and "red" not in err.split("know:")[1].split(";")[0]
+
+
+def test_same_seed_same_video(capsys):
+    for name in ("a.mp4", "b.mp4"):
+        assert run(["generate", *SMALL, *SPARSE, "-o", name]) == 0
+    assert run(["generate", *SMALL, *SPARSE, "--seed", "1", "-o", "c.mp4"]) == 0
+    a, b, c = (read_mp4(Path(name)) for name in ("a.mp4", "b.mp4", "c.mp4"))
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "dsattn", *arguments], capture_output=True, text=True, check=False)
+
+
+def test_as_a_process():
+    done = command("--version")
+    assert (done.returncode, done.stdout.strip()) == (0, f"dsattn {dsattn.__version__}")
+    done = command("generate", "x", "--method", "nope")
+    assert done.returncode == USAGE and "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_help_imports_no_model_library():
+    code = "import sys; from dsattn.cli.app import run; run(sys.argv[1:]); print(*sys.modules)"
+    for arguments in (["--help"], ["compare", "--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+        assert "Usage: dsattn" in done.stdout
+        loaded = set(done.stdout.splitlines()[-1].split())
+        assert not loaded & {"diffusers", "transformers", "skimage", "sklearn", "imageio", "rich.table"}
