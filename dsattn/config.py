@@ -112,7 +112,7 @@ def parse_layers(value: Iterable[int] | str | int) -> tuple[int, ...]:
         return tuple(layers)
     if isinstance(value, int) and not isinstance(value, bool):
         return (value,)
-    layers = list(value)
+    layers = [value] if isinstance(value, bool) else list(value)
     if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
         raise UsageError(f"dense_layers must be layer indices, got {value!r}")
     return tuple(layers)

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 
 import dsattn
-from dsattn.compare import Comparison, Job, Run, Survey
+from dsattn.compare import Comparison
+from dsattn.measure import Job, Run
 from dsattn.metrics import psnr, relative_l2, ssim
 from dsattn.schedule import dense_step_count
+from dsattn.survey import Survey
 from dsattn.video import atomic
 
 SCHEMA = "dsattn.report/1"

@@ -118,7 +118,7 @@ def _forward(  # type: ignore[no-untyped-def]
     count = tl.load(Counts + b * stride_cb + h * stride_ch + block)
     readable = k_len
     if HAS_KEY_LENGTHS:
-        readable = tl.load(KeyLengths + b)
+        readable = tl.minimum(tl.load(KeyLengths + b), k_len)
     columns = tl.arange(0, BLOCK_N)
 
     tiles = count * TILES_K
@@ -182,8 +182,9 @@ def _forward(  # type: ignore[no-untyped-def]
             peak, total, acc = _absorb(logits, 1.0, v, peak, total, acc, PRECISION)
 
     # A row without any readable key (no valid plan has one) gives zeros and -inf instead of NaN.
-    out = acc / tl.where(total > 0, total, 1.0)[:, None]
-    lse = tl.where(total > 0, (peak + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+    nothing = total == 0
+    out = acc / tl.where(nothing, 1.0, total)[:, None]
+    lse = tl.where(nothing, float("-inf"), (peak + tl.log2(total)) * 0.6931471805599453)
     o_mask = in_block[:, None]
     if BLOCK_DV != DV:
         o_mask = o_mask & (dims_v < DV)[None, :]

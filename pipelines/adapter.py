@@ -217,6 +217,7 @@ def _uninstall(transformer: nn.Module) -> None:
     context = ModelContext.of(transformer)
     if context is not None:
         context.detach(transformer)
+        context.run.engine.state.clear()  # plans hold device memory; the statistics stay readable
 
 
 def _sparse_modules(transformer: nn.Module) -> list[nn.Module]:

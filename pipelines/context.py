@@ -119,7 +119,7 @@ class Run:
         pipeline = self.pipeline() if self.pipeline is not None else None
         scheduler = getattr(pipeline, "scheduler", None)
         explicit = getattr(announced, "step_index", None)
-        marker = _marker(pipeline, scheduler, timestep)
+        marker = _marker(pipeline, scheduler, timestep) if explicit is None else ()
         timesteps = getattr(scheduler, "timesteps", None)
 
         fresh = self.ended or size != self._size or timesteps is not self._timesteps
@@ -192,8 +192,8 @@ def _num_steps(announced: Any, pipeline: Any, scheduler: Any) -> int | None:
 class _Pass:
     """One forward pass of a transformer."""
 
-    batch: int
     size: Size
+    history: int
     branch: str
     mask: Tensor | None = None
     key_lengths: Tensor | None = None
@@ -249,7 +249,8 @@ class ModelContext(custom_op.Addressable):
         size = self.family.grid(named, self.patch)
         coords = named.get(self.family.coords) if self.family.coords is not None and size is None else None
         timestep = named.get("timestep")
-        dims = [named["hidden_states"].shape[0], *(size if size is not None else ())]
+        history = self.family.history(named) if self.family.history is not None else 0
+        dims = [*size, history] if size is not None else []
         if not torch.compiler.is_compiling():
             self.begin(timestep, coords, tuple(dims))
             if self._starts:
@@ -275,17 +276,17 @@ class ModelContext(custom_op.Addressable):
 
     def begin(self, timestep: Any, coords: Tensor | None, dims: tuple[int, ...]) -> None:
         """Start of a forward pass, see :func:`dsattn.pipelines.custom_op.begin`."""
-        batch, *sizes = (int(dim) for dim in dims)
         announced = self.carrier.announced
-        if len(sizes) == 3:
-            size: Size = (sizes[0], sizes[1], sizes[2])
+        if dims:
+            frames, height, width, history = (int(dim) for dim in dims)
+            size: Size = (frames, height, width)
         elif coords is not None:
-            size = self._size_of(coords)
+            size, history = self._size_of(coords), 0
         else:
             self._pass = None
             return
         self._starts = self.run.begin(announced, timestep, size)
-        self._pass = _Pass(batch, size, self.run.branch(announced))
+        self._pass = _Pass(size, history, self.run.branch(announced))
 
     def _size_of(self, coords: Tensor) -> Size:
         known, size = self._coords
@@ -300,18 +301,13 @@ class ModelContext(custom_op.Addressable):
         if now is None:
             return "no grid: the transformer got neither sizes nor coordinates, or forward() was called directly"
         frames, height, width = now.size
-        extra = tokens - frames * height * width
+        extra = tokens - frames * height * width - now.history
         if extra < 0:
-            return f"{tokens} tokens are fewer than the {frames}x{height}x{width} grid"
+            return f"{tokens} tokens are fewer than the {frames}x{height}x{width} grid and its history"
         where = self.family.extra
-        grid = VideoGrid(
-            frames,
-            height,
-            width,
-            text=0 if where == "prefix" else extra,
-            text_first=where == "text_first",
-            prefix=extra if where == "prefix" else 0,
-        )
+        prefix = now.history + (extra if where == "prefix" else 0)
+        text = 0 if where == "prefix" else extra
+        grid = VideoGrid(frames, height, width, text=text, text_first=where == "text_first", prefix=prefix)
         return Call(
             layer=layer,
             step=self.run.step,

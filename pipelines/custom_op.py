@@ -101,7 +101,7 @@ def begin(timestep: Tensor, coords: Tensor | None, dims: list[int], address: Ten
     Args:
         timestep: as the pipeline passed it.
         coords: token coordinates for models that give no grid, or None.
-        dims: batch size, then latent frames, height, width in tokens (absent where only coordinates tell).
+        dims: latent frames, height, width and history in tokens; empty where only coordinates tell.
         address: which transformer.
 
     """

@@ -61,6 +61,8 @@ class Family:
         patch: patch size (frames, height, width) from the transformer's config.
         extra: what the tokens beyond the grid are: ``"text_last"``, ``"text_first"``, ``"prefix"`` (history,
             condition frames) or ``"suffix"`` (reference tokens behind the video).
+        history: number of history tokens in front of the video, from the arguments, where text follows the video;
+            families without such text need not count.
         coords: name of the argument with token coordinates ``[B, 3, L(, 2)]``, for models that may give no grid.
         key_padding: a boolean mask ``[B, 1, 1, S]`` of this model marks a valid prefix of the keys.
         lazy_key_mask: the processor would expand a key mask to ``[B, 1, S, S]``; keep it a key mask.
@@ -74,6 +76,7 @@ class Family:
     grid: Callable[[Arguments, Size], Size | None] = channels_first
     patch: Callable[[Any], Size] = patch_of
     extra: Literal["text_last", "text_first", "prefix", "suffix"] = "prefix"
+    history: Callable[[Arguments], int] | None = None
     coords: str | None = None
     key_padding: bool = False
     lazy_key_mask: bool = False

@@ -6,20 +6,37 @@ from typing import Any
 
 from torch import nn
 
+from dsattn.pipelines.allegro import ALLEGRO
 from dsattn.pipelines.cogvideox import COGVIDEOX
+from dsattn.pipelines.easyanimate import EASYANIMATE
 from dsattn.pipelines.family import Family
-from dsattn.pipelines.hunyuan_video import HUNYUAN_VIDEO
+from dsattn.pipelines.helios import HELIOS
+from dsattn.pipelines.hunyuan_video import FRAMEPACK, HUNYUAN_VIDEO
 from dsattn.pipelines.hunyuan_video15 import HUNYUAN_VIDEO_15
-from dsattn.pipelines.ltx import LTX
+from dsattn.pipelines.kandinsky5 import KANDINSKY5
+from dsattn.pipelines.ltx import LTX, LTX2
 from dsattn.pipelines.mochi import MOCHI
 from dsattn.pipelines.skyreels_v2 import SKYREELS_V2
-from dsattn.pipelines.wan import WAN
+from dsattn.pipelines.wan import WAN, WAN_ANIMATE
 
-FAMILIES: dict[str, Family] = {
-    transformer: family
-    for family in (WAN, HUNYUAN_VIDEO, HUNYUAN_VIDEO_15, COGVIDEOX, MOCHI, LTX, SKYREELS_V2)
-    for transformer in family.transformers
-}
+_ALL = (
+    WAN,
+    WAN_ANIMATE,
+    HUNYUAN_VIDEO,
+    HUNYUAN_VIDEO_15,
+    FRAMEPACK,
+    COGVIDEOX,
+    MOCHI,
+    LTX,
+    LTX2,
+    SKYREELS_V2,
+    ALLEGRO,
+    EASYANIMATE,
+    KANDINSKY5,
+    HELIOS,
+)
+
+FAMILIES: dict[str, Family] = {transformer: family for family in _ALL for transformer in family.transformers}
 
 
 def family_of(module: Any) -> Family | None:

@@ -183,7 +183,7 @@ def test_heads_and_batches_do_not_mix(impl):
     for x in (q, k, v):
         x[1, :, 2] = torch.nan
     out, lse = run(replace(case, q=q, k=k, v=v), impl)
-    assert out[1, :, 2].isnan().all()
+    assert out[1, :, 2].isnan().all() and lse[1, 2].isnan().all()
     others = torch.ones(2, 3, dtype=torch.bool)
     others[1, 2] = False
     assert torch.equal(out.transpose(1, 2)[others], want[0].transpose(1, 2)[others])

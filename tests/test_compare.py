@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from dsattn import Config, Engine, UsageError
-from dsattn.compare import BASELINES, Comparison, Job, Watch, compare, fastest, generate, parameters, survey
+from dsattn.compare import Comparison, compare
 from dsattn.errors import DsattnError
+from dsattn.measure import Job, Watch, generate, parameters
 from dsattn.metrics import Clock, PeakMemory
 from dsattn.pipelines.tiny.loader import load_tiny
+from dsattn.survey import BASELINES, fastest, survey
 
 from . import tiny_pipelines
 

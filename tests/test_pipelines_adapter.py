@@ -91,6 +91,8 @@ def test_sparse_attention_changes_the_result_and_says_how_dense_it_was() -> None
         sparse = tiny.run(pipe, {**args, **tiny.LONGER})
         assert summary(pipe) == handle.summary()
         assert 0.2 < handle.summary()["density_all_calls"] < 0.5
+        assert handle.summary()["plan_bytes"] > 0
+    assert handle.summary()["plan_bytes"] == 0 and handle.summary()["calls"] == {"refresh": 12}
     assert not torch.allclose(sparse, stock, atol=1e-3) and torch.isfinite(sparse).all()
     assert torch.equal(tiny.run(pipe, {**args, **tiny.LONGER}), stock)
 

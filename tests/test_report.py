@@ -10,9 +10,11 @@ import pytest
 
 import dsattn
 from dsattn import Config, report
-from dsattn.compare import BASELINES, Job, compare
+from dsattn.compare import compare
+from dsattn.measure import Job
 from dsattn.metrics import psnr
 from dsattn.pipelines.tiny.loader import load_tiny
+from dsattn.survey import BASELINES
 
 SCHEMA = json.loads(Path(dsattn.__file__).with_name("report.schema.json").read_text(encoding="utf-8"))
 JOB = Job("a small blue square moves right over a dotted background", seed=1, height=48, width=64, frames=5, steps=4)

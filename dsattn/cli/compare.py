@@ -13,13 +13,14 @@ from dsattn.cli.errors import QualityGateError
 from dsattn.cli.output import describe, print_json, sidecar
 from dsattn.cli.progress import watching
 from dsattn.cli.table import print_report
-from dsattn.compare import Comparison, Run, compare
+from dsattn.compare import Comparison, compare
 from dsattn.errors import DsattnError, UsageError
+from dsattn.measure import Run
 from dsattn.report import build_report, write_json
 from dsattn.video import DIFFERENCE_GAIN, SaveError, check_writable, side_by_side, write_mp4
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for report, videos and details.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Measured runs of each mode, in turns.")]
+Repeats = Annotated[int, typer.Option(help="Measured runs of each mode, in turns.")]
 MinPsnr = Annotated[float | None, typer.Option(help="Exit with code 5 if the mean PSNR (dB) is lower.")]
 
 FILES = {
@@ -68,9 +69,7 @@ def command(
         raise UsageError(f"--out {out} is a file, expected a folder")
     for name in FILES.values():
         check_writable(out / name)
-    models.note_unknown_words(model, request.job.prompt)
-    loaded = models.load(model, dtype, device)
-    models.check_size(loaded.pipe, request.job)
+    loaded = models.prepare(request)
 
     problems: list[SaveError] = []
 

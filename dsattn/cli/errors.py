@@ -28,8 +28,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         return MEMORY, f"out of memory: {first}; use a smaller --height, --width or --frames, or --dtype bfloat16"
     if isinstance(error, (UsageError, ImplUnavailableError)):
         return USAGE, line
-    if isinstance(error, DsattnError):
-        return FAILED, line
+    if isinstance(error, (DsattnError, OSError)):
+        return FAILED, line or type(error).__name__
     # Of the command line parser, whose classes Typer has moved between packages.
     if callable(describe := getattr(error, "format_message", None)):
         return USAGE, f"{' '.join(str(describe()).split())} See 'dsattn --help'."

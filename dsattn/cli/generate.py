@@ -11,9 +11,9 @@ from dsattn.cli import models, options
 from dsattn.cli.defaults import FPS
 from dsattn.cli.output import counts, describe, print_json, seconds, sidecar
 from dsattn.cli.progress import watching
-from dsattn.compare import generate
 from dsattn.engine import Engine
 from dsattn.errors import UsageError
+from dsattn.measure import generate
 from dsattn.report import write_json
 from dsattn.video import check_writable, write_mp4
 
@@ -51,9 +51,7 @@ def command(
     if output.suffix.lower() != ".mp4":
         raise UsageError(f"--output must end in .mp4, got {str(output)!r}")
     check_writable(output)
-    models.note_unknown_words(model, request.job.prompt)
-    loaded = models.load(model, dtype, device)
-    models.check_size(loaded.pipe, request.job)
+    loaded = models.prepare(request)
     # The method "dense" is the plain pipeline, unless it is told to use another dense backend.
     plain = request.config.method == "dense" and request.config.dense is None
     with watching(quiet or json) as watch:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import typer
 
-from dsattn.compare import Job
+from dsattn.cli.options import Request
 from dsattn.errors import UsageError
+from dsattn.functional import choose_impl
+from dsattn.measure import Job
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHIPPED = "shipped"
@@ -27,26 +29,45 @@ class Loaded:
     load_s: float
 
 
-def load(model: str | None, dtype: str | None, device: str | None) -> Loaded:
+def prepare(request: Request) -> Loaded:
+    """Check what can be checked without a model, load it, and check the sizes against it.
+
+    Raises:
+        UsageError: unknown dtype, unusable device, a model that cannot be loaded, or a size it cannot make.
+        ImplUnavailableError: the kernel that was asked for cannot run here.
+
+    """
+    model: str | None = request.params["model"]
+    device = _device(request.params["device"])
+    name = request.params["dtype"] or ("bfloat16" if device.type == "cuda" else "float32")
+    if name not in DTYPES:
+        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}; got {name!r}")
+    choose_impl(torch.empty(1, 64, 1, 64, dtype=DTYPES[name], device=device), request.config.impl)
+    note_unknown_words(model, request.job.prompt)
+    loaded = load(model, name, device)
+    check_size(loaded.pipe, request.job)
+    return loaded
+
+
+def load(model: str | None, dtype: str, device: torch.device) -> Loaded:
     """Load the shipped model, or a diffusers pipeline from a folder or the Hub.
 
     Raises:
-        UsageError: unknown dtype, unusable device, or a model that cannot be loaded.
+        UsageError: it cannot be loaded.
 
     """
-    place = _device(device)
-    name = dtype or ("bfloat16" if place.type == "cuda" else "float32")
-    if name not in DTYPES:
-        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}; got {name!r}")
     began = time.perf_counter()
-    pipe, revision = _shipped(DTYPES[name]) if model is None else (_pretrained(model, DTYPES[name]), _revision(model))
-    pipe = pipe.to(place)
+    if model is None:
+        pipe, revision = _shipped(DTYPES[dtype])
+    else:
+        pipe, revision = _pretrained(model, DTYPES[dtype]), _revision(model)
+    pipe = pipe.to(device)
     info = {
         "id": model or SHIPPED,
         "revision": revision,
         "pipeline": type(pipe).__name__,
-        "dtype": name,
-        "device": str(place),
+        "dtype": dtype,
+        "device": str(device),
     }
     return Loaded(pipe, info, time.perf_counter() - began)
 
@@ -88,7 +109,7 @@ def note_unknown_words(model: str | None, prompt: str) -> None:
         )
 
 
-def _shipped(dtype: torch.dtype) -> tuple[Any, str]:
+def _shipped(dtype: torch.dtype) -> tuple[Any, str | None]:
     from dsattn.pipelines.tiny import loader
 
     try:
@@ -110,21 +131,17 @@ def _pretrained(model: str, dtype: torch.dtype) -> Any:
         model = str(folder)
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise UsageError(f"--model {model} does not exist; expected a folder, or a Hub id such as Owner/Name")
+    from dsattn.pipelines.load import from_pretrained
+
     try:
-        return _pipeline_class().from_pretrained(model, torch_dtype=dtype)
+        return from_pretrained(model, dtype)
     except (OSError, ValueError, AttributeError, ImportError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # What follows in brackets speaks of options and tracebacks that are not the user's.
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].partition(" (")[0]
         raise UsageError(
             f"--model {model} cannot be loaded: {first} (a Hub id needs a network or an earlier download; leave "
             "--model out for the shipped model)"
         ) from error
-
-
-def _pipeline_class() -> Any:
-    """``diffusers.DiffusionPipeline``, which is the base of the shipped pipeline: only pipelines/ imports diffusers."""
-    from dsattn.pipelines.tiny.loader import TinyPipeline
-
-    return next(base for base in TinyPipeline.__mro__ if base.__name__ == "DiffusionPipeline")
 
 
 def _revision(model: str) -> str | None:

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from dsattn.cli.defaults import DEFAULTS
-from dsattn.compare import Job
 from dsattn.config import Config, load_config
 from dsattn.engine import Engine
 from dsattn.errors import UsageError
+from dsattn.measure import Job
 
 Prompt = Annotated[
     str | None, typer.Argument(help="What the video shows; may be left out with the shipped model.", show_default=False)
@@ -27,12 +27,12 @@ ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file of o
 Options = Annotated[
     list[str] | None, typer.Option("--option", "-O", metavar="NAME=VALUE", help="An option of method or engine.")
 ]
-Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
-Height = Annotated[int | None, typer.Option(min=1, help="Pixels.")]
-Width = Annotated[int | None, typer.Option(min=1, help="Pixels.")]
-Frames = Annotated[int | None, typer.Option(min=1, help="Frames of the video.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps.")]
+Height = Annotated[int | None, typer.Option(help="Pixels.")]
+Width = Annotated[int | None, typer.Option(help="Pixels.")]
+Frames = Annotated[int | None, typer.Option(help="Frames of the video.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the initial noise.")]
+Seed = Annotated[int, typer.Option(help="Seed of the initial noise.")]
 NegativePrompt = Annotated[str | None, typer.Option(help="What the video should not show.")]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 on a GPU, else float32 by default.")
@@ -40,7 +40,7 @@ Dtype = Annotated[
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu ...; the first GPU if there is one.")]
 DenseSteps = Annotated[str | None, typer.Option(help="First steps that stay dense: a count (3) or a share (0.2).")]
 DenseLayers = Annotated[str | None, typer.Option(help="Layers that stay dense, such as 0-1,29.")]
-Refresh = Annotated[int | None, typer.Option(min=1, help="Make a new plan every so many sparse steps.")]
+Refresh = Annotated[int | None, typer.Option(help="Make a new plan every so many sparse steps.")]
 Impl = Annotated[str | None, typer.Option(help="auto, triton, flex, torch or reference.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail (exit code 3) instead of falling back to dense.")]
 Fps = Annotated[float, typer.Option(help="Frames per second of the file.")]
@@ -79,18 +79,26 @@ class Request:
         import sys
 
         params = context.params
-        for name in ("guidance", "fps", "min_psnr"):
-            value = params.get(name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise UsageError(f"--{name.replace('_', '-')} must be a number of at least 0, got {value}")
-        if params["fps"] == 0:
-            raise UsageError("--fps must be above 0, got 0")
-        if params["seed"] >= 2**63:
-            raise UsageError(f"--seed must be below 2**63, got {params['seed']}")
+        _check_numbers(params)
         words = context.obj if isinstance(context.obj, list) else sys.argv[1:]
         names = ("seed", "negative_prompt", "height", "width", "frames", "steps", "guidance")
         job = Job(prompt=_prompt(params), **{name: params[name] for name in names})
         return cls(job, _config(params), params, shlex.join(["dsattn", *words]))
+
+
+def _check_numbers(params: Mapping[str, Any]) -> None:
+    for name in ("steps", "height", "width", "frames", "refresh", "repeats"):
+        value = params.get(name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} must be at least 1, got {value}")
+    for name in ("guidance", "fps", "min_psnr"):
+        value = params.get(name)
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise UsageError(f"--{name.replace('_', '-')} must be a number of at least 0, got {value}")
+    if params["fps"] == 0:
+        raise UsageError("--fps must be above 0, got 0")
+    if not 0 <= params["seed"] < 2**63:
+        raise UsageError(f"--seed must be in [0, 2**63), got {params['seed']}")
 
 
 def _prompt(params: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import typer
 
 from dsattn.cli.options import Request
-from dsattn.compare import Run
+from dsattn.measure import Run
 from dsattn.report import environment
 
 RUN_SCHEMA = "dsattn.run/1"
