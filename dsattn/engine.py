@@ -17,7 +17,7 @@ from dsattn.grid import Call
 from dsattn.kernels import dense as dense_kernels
 from dsattn.schedule import Decision, decide
 from dsattn.state import Layout, RunState
-from dsattn.stats import RunStats, timed
+from dsattn.stats import Kind, RunStats, timed
 
 DenseAttention = Callable[[], Tensor]
 
@@ -108,10 +108,12 @@ class Engine:
             StrictFallbackError: ``strict`` is set.
 
         """
-        if self.config.strict:
+        # The dense method asked for dense attention: nothing falls back.
+        kind: Kind = "dense" if self.method.name == "dense" else "fallback"
+        if self.config.strict and kind == "fallback":
             where = f" (layer {call.layer}, step {call.step})" if call else ""
             raise StrictFallbackError(f"strict: dense fallback{where}: {reason}")
-        record = self.stats.add(call, q, "fallback", reason, self.config.dense or "pipeline")
+        record = self.stats.add(call, q, kind, reason, self.config.dense or "pipeline")
         if q is None:
             return dense()
         with timed(record, "attend_s", q.device, self.config.timing):

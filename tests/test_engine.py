@@ -108,6 +108,14 @@ def test_strict_raises_instead():
         Engine("topk", impl="torch", strict=True)(*tensors(), Call(3, 7, VideoGrid(5, 9, 12)))
 
 
+def test_dense_method_never_falls_back():
+    engine = Engine("dense", strict=True)
+    marker = torch.zeros(1)
+    assert engine.fallback(None, "mask is not key padding", lambda: marker) is marker
+    assert engine.summary()["fallbacks"] == {}
+    assert engine.summary()["dense_reasons"] == {"mask is not key padding": 1}
+
+
 def test_key_lengths_hide_padding():
     grid = VideoGrid(5, 9, 11, text=20)
     q, k, v = tensors(grid, batch=2)

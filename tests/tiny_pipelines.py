@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
@@ -32,7 +31,6 @@ from diffusers import (
     SkyReelsV2DiffusionForcingPipeline,
     SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
-    UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
@@ -40,101 +38,29 @@ from diffusers import (
     WanVACETransformer3DModel,
     WanVideoToVideoPipeline,
 )
-from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     LlamaConfig,
     LlamaModel,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5EncoderModel,
-    UMT5Config,
-    UMT5EncoderModel,
 )
 
-from dsattn.engine import Engine
-from dsattn.grid import Call
-
-Pipe = tuple[Any, dict[str, Any]]
-
-# Arguments for sequences of several 64-token blocks: 5 x 8 x 8 tokens for Wan.
-LONGER = {"height": 128, "width": 128, "num_frames": 17}
-# A sparse engine that needs no compilation.
-SPARSE: dict[str, Any] = {"method": "topk", "density": 0.3, "impl": "torch"}
-
-
-class Recorder(Engine):
-    """An engine that also keeps the calls it was given and counts its resets."""
-
-    def __init__(self, method: str = "topk", **options: Any) -> None:
-        self.calls: list[Call] = []
-        self.resets = 0
-        super().__init__(method, **options)
-
-    def __call__(self, q: Any, k: Any, v: Any, call: Call, **rest: Any) -> torch.Tensor:
-        self.calls.append(call)
-        return super().__call__(q, k, v, call, **rest)
-
-    def reset(self) -> None:
-        self.resets += 1
-        super().reset()
-
-    def steps(self) -> list[tuple[int, str, str]]:
-        """Step, branch and model of the calls, repetitions over layers left out."""
-        return list(dict.fromkeys((call.step, call.branch, call.model) for call in self.calls))
-
-
-def recorder() -> Recorder:
-    return Recorder(**SPARSE)
-
-
-def seed(value: int = 0) -> None:
-    torch.manual_seed(value)
-
-
-def tokenizer(max_len: int = 512) -> PreTrainedTokenizerFast:
-    """Byte-level tokenizer with 259 tokens, made in memory."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *alphabet])}
-    tok = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
-    tok.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tok, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=max_len
-    )
-
-
-_T5 = {
-    "vocab_size": 259,
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 37,
-    "num_layers": 2,
-    "num_heads": 4,
-    "relative_attention_num_buckets": 8,
-    "dropout_rate": 0.0,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "decoder_start_token_id": 0,
-}
-
-
-def umt5() -> UMT5EncoderModel:
-    return UMT5EncoderModel(UMT5Config(**_T5, feed_forward_proj="gated-gelu")).eval()
-
-
-def t5() -> T5EncoderModel:
-    return T5EncoderModel(T5Config(**_T5)).eval()
-
-
-def image(size: int = 64) -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+from .tiny_parts import (  # noqa: F401  tests take everything from here
+    LONGER,
+    SPARSE,
+    Pipe,
+    Recorder,
+    call_args,
+    flow,
+    image,
+    recorder,
+    run,
+    seed,
+    t5,
+    tokenizer,
+    umt5,
+    unipc,
+)
 
 
 def wan_transformer(cls: type = WanTransformer3DModel, **options: Any) -> Any:
@@ -161,30 +87,8 @@ def wan_vae() -> AutoencoderKLWan:
     ).eval()
 
 
-def flow(shift: float = 7.0) -> FlowMatchEulerDiscreteScheduler:
-    return FlowMatchEulerDiscreteScheduler(shift=shift)
-
-
-def unipc() -> UniPCMultistepScheduler:
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-
-
 def _wan_parts() -> dict[str, Any]:
     return {"tokenizer": tokenizer(), "text_encoder": umt5(), "vae": wan_vae(), "scheduler": flow()}
-
-
-def call_args(**more: Any) -> dict[str, Any]:
-    return {
-        "prompt": "a red fox",
-        "negative_prompt": "bad",
-        "height": 64,
-        "width": 64,
-        "num_frames": 9,
-        "num_inference_steps": 3,
-        "max_sequence_length": 16,
-        "output_type": "latent",
-        **more,
-    }
 
 
 def wan(layers: int = 2, **options: Any) -> Pipe:
@@ -220,10 +124,7 @@ def wan_ti2v_i2v() -> Pipe:
 
 def wan_v2v() -> Pipe:
     seed()
-    parts = {
-        **_wan_parts(),
-        "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-    }
+    parts = {**_wan_parts(), "scheduler": unipc()}
     pipe = WanVideoToVideoPipeline(transformer=wan_transformer(), **parts)
     args = call_args(video=[image()] * 9, strength=0.75, num_inference_steps=4)
     del args["num_frames"]
@@ -240,20 +141,14 @@ def wan_vace() -> Pipe:
 def skyreels() -> Pipe:
     seed()
     transformer = wan_transformer(SkyReelsV2Transformer3DModel)
-    parts = {
-        **_wan_parts(),
-        "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-    }
+    parts = {**_wan_parts(), "scheduler": unipc()}
     return SkyReelsV2Pipeline(transformer=transformer, **parts), call_args()
 
 
 def skyreels_df() -> Pipe:
     seed()
     transformer = wan_transformer(SkyReelsV2Transformer3DModel)
-    parts = {
-        **_wan_parts(),
-        "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-    }
+    parts = {**_wan_parts(), "scheduler": unipc()}
     pipe = SkyReelsV2DiffusionForcingPipeline(transformer=transformer, **parts)
     return pipe, call_args(base_num_frames=9, overlap_history=None)
 
@@ -515,14 +410,6 @@ def ltx_condition(frame_index: int = 8) -> Pipe:
 
     condition = LTXVideoCondition(image=image(), frame_index=frame_index)
     return _ltx(LTXConditionPipeline), call_args(conditions=[condition], num_frames=17)
-
-
-def run(pipe: Any, args: dict[str, Any], **more: Any) -> torch.Tensor:
-    """Latents of one run with a fixed seed."""
-    pipe.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(0)
-    out = pipe(**{**args, **more}, generator=generator).frames
-    return torch.as_tensor(out)
 
 
 BUILDERS: dict[str, Callable[[], Pipe]] = {

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parent))
-import tiny_pipelines as tiny
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests import tiny_pipelines as tiny
 
 
 def enable_context_parallel(model: Any, rank: int, world: int, **config: Any) -> None:
