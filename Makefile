@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-DEMO_PROMPT ?= a large red circle moves right over a striped background
+DEMO_PROMPT ?= a large red circle moves right over a gradient background
 DEMO_STEPS ?= 12
 DEMO_REPEATS ?= 2
 DEMO_OUT ?= out/demo

@@ -17,6 +17,7 @@ from dsattn.pipelines.tiny import data
 from dsattn.pipelines.tiny.codec import PatchCodec, from_patches, to_patches
 from dsattn.pipelines.tiny.loader import WEIGHTS, load_tiny, verify
 from dsattn.pipelines.tiny.model import MAX_TEXT, build_tokenizer
+from dsattn.pipelines.tiny.training import CpuTrainingProcessor
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -267,12 +268,11 @@ def test_training_resumes_equal(tmp_path: Path) -> None:
 
 
 def test_training_attention_matches_the_stock_processor() -> None:
-    training = script("train_tiny")
     pipe = load_tiny()
     generator = torch.Generator().manual_seed(1)
     noisy = torch.randn(1, pipe.vae.config.z_dim, 3, 5, 7, generator=generator)
     text = torch.randn(1, 6, 128, generator=generator)
     want = pipe.transformer(noisy, torch.tensor([500.0]), text, return_dict=False)[0]
-    pipe.transformer.set_attn_processor(training.CpuTrainingProcessor())
+    pipe.transformer.set_attn_processor(CpuTrainingProcessor())
     got = pipe.transformer(noisy, torch.tensor([500.0]), text, return_dict=False)[0]
     assert torch.allclose(got, want, atol=2e-4 * float(want.abs().max()))

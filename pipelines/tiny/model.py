@@ -14,7 +14,7 @@ MAX_TEXT = 32
 """Prompt length in tokens; training pads to the same length because WanPipeline does not mask cross-attention."""
 TEXT_DIM = 128
 FLOW_SHIFT = 5.0
-GUIDANCE = 3.0
+GUIDANCE = 4.0
 
 
 def build_vocabulary() -> dict[str, int]:
