@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from typing import Any
 
-DEFAULTS: dict[str, Any] = {"method": "topk", "density": 0.15, "dense_steps": 2, "dense_layers": ""}
+DEFAULTS: dict[str, Any] = {"method": "topk", "dense_steps": 0.17, "dense_layers": ""}
 FPS = 16.0

@@ -30,7 +30,7 @@ class TopkConfig:
     """Options of ``topk``; ``density`` and ``top_p`` exclude each other.
 
     Args:
-        density: share of key blocks kept per query block, in (0, 1], always-kept ones included; 0.2 if
+        density: share of key blocks kept per query block, in (0, 1], always-kept ones included; 0.15 if
             neither is given.
         top_p: keep the best blocks until their share of the estimated softmax mass reaches ``top_p``, in (0, 1];
             the block that crosses the mark is kept.
@@ -51,7 +51,7 @@ class TopkConfig:
         if self.density is not None and self.top_p is not None:
             raise UsageError(f"give density or top_p, not both; got density={self.density} and top_p={self.top_p}")
         if self.top_p is None and self.density is None:
-            object.__setattr__(self, "density", 0.2)
+            object.__setattr__(self, "density", 0.15)
         for name in ("density", "top_p"):
             value: Any = getattr(self, name)
             if value is not None:
