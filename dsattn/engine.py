@@ -86,18 +86,21 @@ class Engine:
             tokens = f"{q.shape[1]} queries and {k.shape[1]} keys"
             return self.fallback(call, f"{tokens} do not fit the grid's {call.grid.tokens} tokens", run_dense, q)
 
-        impl, _ = choose_impl(q, self.config.impl)
-        record = self.stats.add(call, q, decision.action, decision.reason, impl)
+        # Before any work: an implementation that was named and cannot run is an error.
+        choose_impl(q, self.config.impl)
+        record = self.stats.add(call, q, decision.action, decision.reason, self.config.impl)
         if entry is None or decision.action == "refresh":
+            memory = entry.memory if entry else {}
             with timed(record, "plan_s", q.device, self.config.timing):
-                plan = self.method.plan(q, k, v, call, self.method_config)
-            self.state.store(call, plan, layout)
+                plan = self.method.plan(q, k, v, call, self.method_config, memory)
+            self.state.store(call, plan, layout, memory)
         else:
             plan = entry.plan
         if key_lengths is not None:
             plan = plan.with_key_lengths(key_lengths.to(device=q.device, dtype=torch.int32))
+        record.impl, _ = choose_impl(q, self.config.impl, plan)
         with timed(record, "attend_s", q.device, self.config.timing):
-            out: Tensor = attend(q, k, v, plan, impl=impl, scale=scale)
+            out: Tensor = attend(q, k, v, plan, impl=record.impl, scale=scale)
         record.density = plan.density.mean(0)
         return out
 

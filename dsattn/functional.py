@@ -55,7 +55,7 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, method: str = "topk", **op
     check_qkv(q, k, v)
     if q.shape[1] != call.grid.tokens or k.shape[1] != call.grid.tokens:
         raise UsageError(f"q and k must have the grid's {call.grid.tokens} tokens, got {q.shape[1]} and {k.shape[1]}")
-    return chosen.plan(q, k, v, call, config)
+    return chosen.plan(q, k, v, call, config, {})
 
 
 def attend(
@@ -92,13 +92,13 @@ def attend(
         raise UsageError(f"the plan is for (batch, queries, heads, keys) {want}, got tensors with {came}")
     if plan.device != q.device:
         raise UsageError(f"the plan is on {plan.device}, q is on {q.device}; make the plan from tensors on {q.device}")
-    name, _ = choose_impl(q, impl)
+    name, _ = choose_impl(q, impl, plan)
     out, lse = _IMPLEMENTATIONS[name](q, k, v, plan, _scale(q, scale), return_lse)
     return (out, lse) if return_lse else out
 
 
-def choose_impl(q: Tensor, impl: str = "auto") -> tuple[str, str]:
-    """Implementation that will run and why, ``(name, reason)``.
+def choose_impl(q: Tensor, impl: str = "auto", plan: BlockPlan | None = None) -> tuple[str, str]:
+    """Implementation that will run and why, ``(name, reason)``; without a plan, for blocks of equal size.
 
     Raises:
         UsageError: unknown name.
@@ -111,10 +111,13 @@ def choose_impl(q: Tensor, impl: str = "auto") -> tuple[str, str]:
             raise ImplUnavailableError(f"impl={impl!r} cannot run: {reason}")
         return impl, "asked for"
     passed_over: list[str] = []
-    for name in AUTO.get(q.device.type, ("torch",)):
+    kind = q.device.type
+    if kind == "cpu" and plan is not None and (plan.q_starts is not None or plan.k_starts is not None):
+        return "torch", "best on cpu for blocks of variable size, which flex pads to tiles"
+    for name in AUTO.get(kind, ("torch",)):
         reason = why_not(q, name)
         if reason is None:
-            return name, "; ".join(passed_over) or f"best for {q.device.type}"
+            return name, "; ".join(passed_over) or f"best for {kind}"
         passed_over.append(f"{name}: {reason}")
     raise ImplUnavailableError(f"no implementation runs on {q.device}: {'; '.join(passed_over)}")
 

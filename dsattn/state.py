@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
 from dsattn.grid import Call, VideoGrid
+from dsattn.methods.base import Memory
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,12 @@ class Layout:
 
 @dataclass
 class Entry:
-    """A cached plan, the step it was made at and the layout it was made for."""
+    """A cached plan, the step it was made at, the layout it was made for, and what the method remembers."""
 
     plan: BlockPlan
     step: int
     layout: Layout
+    memory: Memory
 
 
 @dataclass
@@ -50,9 +52,9 @@ class RunState:
             return None
         return entry
 
-    def store(self, call: Call, plan: BlockPlan, layout: Layout) -> None:
-        """Remember a plan."""
-        self.entries[call.model, call.layer, call.branch] = Entry(plan, call.step, layout)
+    def store(self, call: Call, plan: BlockPlan, layout: Layout, memory: Memory) -> None:
+        """Remember a plan and the method's memory."""
+        self.entries[call.model, call.layer, call.branch] = Entry(plan, call.step, layout, memory)
 
     def clear(self) -> None:
         """Forget everything: a new run starts."""
@@ -60,10 +62,10 @@ class RunState:
 
     @property
     def plan_bytes(self) -> int:
-        """Memory held by cached plans, in bytes; storage shared between plans is counted once."""
+        """Memory held by cached plans and the methods' memory, in bytes; shared storage is counted once."""
         storages: dict[int, int] = {}
         for entry in self.entries.values():
-            for value in vars(entry.plan).values():
+            for value in (*vars(entry.plan).values(), *entry.memory.values()):
                 if isinstance(value, Tensor):
                     storage = value.untyped_storage()
                     storages[storage.data_ptr()] = storage.nbytes()

@@ -1,9 +1,14 @@
 """Block-sparse attention from gathers and SDPA: needs nothing but torch, runs on every device.
 
-Reads list lengths on the host, so on a GPU it synchronises: it is the fallback and the debugging aid there.
+On a CPU it is the fast path for variable-size blocks (clusters): the kept keys of a query block are gathered into
+one dense run, so nothing is padded to tiles, and pooled keys are just more keys. It reads list lengths on the host,
+so on a GPU it synchronises: it is the fallback and the debugging aid there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +17,13 @@ from torch import Tensor
 from dsattn.block_plan import BlockPlan
 from dsattn.kernels.pooling import pool_blocks
 
-# Elements of one chunk's logits and gathered keys; bounds the memory beyond inputs and output.
-CHUNK_ELEMENTS = 1 << 24
+# Elements of one chunk's gathered keys (or its logits): on a CPU keys and values should stay in the cache between
+# the gather and the product, elsewhere the number only bounds memory.
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "other": 1 << 24}
+# Key positions that are listed at a time; bounds the memory of the lists.
+LISTED_KEYS = 1 << 22
+# Query blocks of one chunk are padded to its largest; a chunk ends where they are smaller than this share of it.
+MIN_FILL = 0.8
 
 
 def block_sparse_attention(
@@ -25,29 +35,38 @@ def block_sparse_attention(
     """
     batch, q_len, heads, dim = q.shape
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    # One row per (b, h, query block); flat tables so that a chunk mixes heads.
-    tables = _RowTables(plan)
-    q_rows, k_rows, v_rows = (x.transpose(1, 2).reshape(batch * heads * x.shape[1], x.shape[-1]) for x in (q, k, v))
-    out = torch.empty(batch * heads * q_len, v.shape[-1], dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch * heads * q_len, dtype=work, device=q.device) if need_lse else None
-    pooled = pool_blocks(k, v, plan) if plan.tail == "pooled" else None
+    rows = _Rows(plan)
+    # Row (b * S + token) * H + h of these matrices is one token of one head.
+    q_rows, k_rows, v_rows = (x.reshape(-1, x.shape[-1]) for x in (q, k, v))
+    first_pooled, log_count = len(k_rows), None
+    if plan.tail == "pooled":
+        k_pool, v_pool, log_count = pool_blocks(k, v, plan)
+        k_rows = torch.cat([k_rows.to(work), k_pool.flatten(0, 2)])
+        v_rows = torch.cat([v_rows.to(work), v_pool.flatten(0, 2)])
+        log_count = log_count.flatten(0, 1).to(work)
+    # Empty slots of a chunk write to one extra row that is cut off again.
+    out = torch.empty(len(q_rows) + 1, v.shape[-1], dtype=q.dtype, device=q.device)
+    lse = torch.empty(len(q_rows) + 1, dtype=work, device=q.device) if need_lse else None
+    limit = CHUNK_ELEMENTS.get(q.device.type, CHUNK_ELEMENTS["other"])
 
-    for rows in tables.chunks(dim):
-        q_pos, q_valid = tables.query_positions(rows)
-        k_pos, k_valid = tables.key_positions(rows)
-        q_chunk, k_chunk, v_chunk = q_rows[q_pos].to(work), k_rows[k_pos].to(work), v_rows[k_pos].to(work)
-        bias = torch.zeros(k_valid.shape, dtype=work, device=q.device).masked_fill_(~k_valid, -torch.inf)
-        if pooled is not None:
-            head = rows // plan.num_q_blocks
-            k_pool, v_pool, log_count = (x.flatten(0, 1)[head].to(work) for x in pooled)
-            k_chunk, v_chunk = torch.cat([k_chunk, k_pool], 1), torch.cat([v_chunk, v_pool], 1)
-            bias = torch.cat([bias, log_count.masked_fill(tables.mask[rows], -torch.inf)], 1)
-        chunk, chunk_lse = _softmax_attention(q_chunk, k_chunk, v_chunk, bias[:, None], scale, need_lse)
-        out[q_pos[q_valid]] = chunk[q_valid].to(q.dtype)
-        if lse is not None and chunk_lse is not None:
-            lse[q_pos[q_valid]] = chunk_lse[q_valid]
-    shaped = out.view(batch, heads, q_len, -1).transpose(1, 2)
-    return shaped.contiguous(), None if lse is None else lse.view(batch, heads, q_len)
+    for chunk in rows.chunks(dim, limit):
+        keys = chunk.keys
+        bias = torch.zeros(keys.shape, dtype=work, device=q.device).masked_fill_(~chunk.key_exists, -torch.inf)
+        if log_count is not None:
+            pooled = chunk.head[:, None] * plan.num_k_blocks + torch.arange(plan.num_k_blocks, device=q.device)
+            keys = torch.cat([keys, pooled + first_pooled], 1)
+            bias = torch.cat([bias, log_count[chunk.head].masked_fill(chunk.kept, -torch.inf)], 1)
+        shape = (len(keys), -1, dim)
+        k_chunk = k_rows.index_select(0, keys.flatten()).to(work).view(shape)
+        v_chunk = v_rows.index_select(0, keys.flatten()).to(work).view(len(keys), -1, v.shape[-1])
+        q_chunk = q_rows.index_select(0, chunk.queries.flatten()).to(work).view(shape)
+        result, result_lse = _softmax_attention(q_chunk, k_chunk, v_chunk, bias[:, None], scale, need_lse)
+        target = chunk.queries.masked_fill(~chunk.query_exists, len(q_rows)).flatten()
+        out = out.index_copy_(0, target, result.flatten(0, 1).to(q.dtype))
+        if lse is not None and result_lse is not None:
+            lse = lse.index_copy_(0, target, result_lse.flatten())
+    out = out[:-1].view(batch, q_len, heads, -1)
+    return out, None if lse is None else lse[:-1].view(batch, q_len, heads).transpose(1, 2).contiguous()
 
 
 def _softmax_attention(
@@ -57,65 +76,128 @@ def _softmax_attention(
     if not need_lse:
         # A fourth dimension and a full-size mask keep SDPA on its fused kernel.
         mask = bias[:, None].expand(-1, 1, q.shape[1], -1)
-        return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=mask, scale=scale)[
-            :, 0
-        ], None
+        out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=mask, scale=scale)
+        return out[:, 0], None
     logits = q @ k.transpose(-1, -2) * scale + bias
     lse = logits.logsumexp(-1)
     return (logits - lse[..., None]).exp_() @ v, lse
 
 
-class _RowTables:
-    """Positions of queries and kept keys per plan row, as indices into ``[B * H * S]``."""
+@dataclass(frozen=True)
+class _Chunk:
+    """R plan rows (a row is a query block of one head), padded to M queries and T keys.
+
+    head: ``[R]``, b * H + h.
+    queries, query_exists: ``[R, M]``, index into the matrix of all queries, and whether the slot is used.
+    keys, key_exists: ``[R, T]``, the same for the kept keys.
+    kept: ``[R, Nk]`` bool.
+    """
+
+    head: Tensor
+    queries: Tensor
+    query_exists: Tensor
+    keys: Tensor
+    key_exists: Tensor
+    kept: Tensor
+
+
+class _Rows:
+    """All plan rows, flattened over batch and heads."""
 
     def __init__(self, plan: BlockPlan) -> None:
         self.plan = plan
-        self.lead = (plan.batch, plan.heads)
-        self.mask = plan.block_mask.expand(*self.lead, -1, -1).flatten(0, 2)
-        self.q_edges, self.k_edges = (e.expand(*self.lead, -1).flatten(0, 1) for e in (plan.q_edges, plan.k_edges))
-        self.q_sizes, self.k_sizes = (e.expand(*self.lead, -1).flatten(0, 1) for e in (plan.q_sizes, plan.k_sizes))
-        self.row_keys = (self.mask.view(-1, plan.num_q_blocks, plan.num_k_blocks) * self.k_sizes[:, None]).sum(-1)
+        lead = (plan.batch, plan.heads)
 
-    def chunks(self, dim: int) -> list[Tensor]:
-        """Rows grouped by similar key count, so that padding stays small; empty query blocks left out."""
-        keys, queries = self.row_keys.flatten(), self.q_sizes.flatten()
-        rows = keys.argsort(descending=True)
+        def flat(x: Tensor) -> Tensor:
+            return x.expand(*lead, *x.shape[2:]).flatten(0, 1)
+
+        self.kept = flat(plan.block_mask)
+        self.q_edges, self.q_sizes, self.k_edges, self.k_sizes = map(
+            flat, (plan.q_edges, plan.q_sizes, plan.k_edges, plan.k_sizes)
+        )
+        self.q_order = None if plan.q_order is None else flat(plan.q_order)
+        self.k_order = None if plan.k_order is None else flat(plan.k_order)
+        self.keys_per_row = (self.kept * self.k_sizes[:, None]).sum(-1)
+
+    def chunks(self, dim: int, limit: int) -> Iterator[_Chunk]:
+        """Chunks of rows alike in both counts, so that little is padding; empty query blocks are left out."""
+        keys, queries = self.keys_per_row.flatten(), self.q_sizes.flatten()
+        # Classes of key counts a factor of 1.25 apart, within a class by the number of queries.
+        scale = int(queries.max()) + 1
+        level = (keys.clamp(min=1).log2() * 3).long()
+        rows = (level * scale + queries).argsort(descending=True)
         rows = rows[queries[rows] > 0]
         tail = self.plan.num_k_blocks if self.plan.tail == "pooled" else 0
-        largest = int(queries.max()) if len(rows) else 0
-        result, start, counts = [], 0, keys[rows].tolist()
-        while start < len(counts):
-            per_row = (counts[start] + tail) * max(largest, dim)
-            size = max(1, CHUNK_ELEMENTS // max(per_row, 1))
-            # Stop where rows hold less than half the keys of the chunk's first row.
-            stop = start + 1
-            while stop < min(start + size, len(counts)) and 2 * counts[stop] >= counts[start]:
-                stop += 1
-            result.append(rows[start:stop])
-            start = stop
-        return result
+        table = torch.stack([keys[rows], queries[rows], level[rows]]).tolist()
+        start = 0
+        for group in _groups(table[0], LISTED_KEYS):
+            lists = _KeyLists(self, rows[start : start + group])
+            stop = start + group
+            while start < stop:
+                end = _chunk_end([column[start:stop] for column in table], tail, dim, limit) + start
+                yield self._chunk(rows[start:end], lists, start - (stop - group))
+                start = end
 
-    def query_positions(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """``[R, M]`` flat query rows and which of them exist."""
+    def _chunk(self, rows: Tensor, lists: _KeyLists, first: int) -> _Chunk:
         head, block = rows // self.plan.num_q_blocks, rows % self.plan.num_q_blocks
-        start, size = self.q_edges[head, block], self.q_sizes[head, block]
-        offset = torch.arange(int(size.max()), device=rows.device)
-        valid = offset < size[:, None]
-        return self._tokens(head, (start[:, None] + offset).where(valid, 0), self.plan.q_order, self.plan.q_len), valid
+        size = self.q_sizes[head, block]
+        slot = torch.arange(int(size.max()), device=rows.device)
+        exists = slot < size[:, None]
+        queries = self.token_rows(
+            head[:, None], (self.q_edges[head, block][:, None] + slot).where(exists, 0), self.q_order, self.plan.q_len
+        )
+        keys, key_exists = lists.padded(first, len(rows))
+        return _Chunk(head, queries, exists, keys, key_exists, self.kept[head, block])
 
-    def key_positions(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """``[R, T]`` flat key rows of the kept blocks, one after the other, and which of them exist."""
-        head = rows // self.plan.num_q_blocks
-        sizes = self.k_sizes[head] * self.mask[rows]
-        ends = sizes.cumsum(-1)
-        offset = torch.arange(int(ends[:, -1].max()), device=rows.device).expand(len(rows), -1).contiguous()
-        valid = offset < ends[:, -1:]
-        block = torch.searchsorted(ends, offset, right=True).clamp_(max=self.plan.num_k_blocks - 1)
-        within = offset - (ends - sizes).gather(1, block)
-        position = (self.k_edges[head].gather(1, block) + within).where(valid, 0)
-        return self._tokens(head, position, self.plan.k_order, self.plan.k_len), valid
+    def token_rows(self, head: Tensor, position: Tensor, order: Tensor | None, length: int) -> Tensor:
+        """Index into the matrix of all tokens and heads, ``(b * S + token) * H + h``."""
+        token = position if order is None else order[head, position]
+        return ((head // self.plan.heads) * length + token) * self.plan.heads + head % self.plan.heads
 
-    def _tokens(self, head: Tensor, position: Tensor, order: Tensor | None, length: int) -> Tensor:
-        if order is not None:
-            position = order.expand(*self.lead, -1).flatten(0, 1)[head[:, None], position]
-        return position + head[:, None] * length
+
+class _KeyLists:
+    """The kept keys of some rows, one list behind the other."""
+
+    def __init__(self, rows: _Rows, which: Tensor) -> None:
+        head, block = which // rows.plan.num_q_blocks, which % rows.plan.num_q_blocks
+        row, key_block = rows.kept[head, block].nonzero(as_tuple=True)
+        owner = head[row]
+        sizes = rows.k_sizes[owner, key_block].clamp(min=0)
+        self.counts = rows.keys_per_row[head, block]
+        self.starts = self.counts.cumsum(0) - self.counts
+        # Position p of a block's run stands at (start of the run in the list) + p - (first position of the block).
+        shift = rows.k_edges[owner, key_block] - (sizes.cumsum(0) - sizes)
+        listed = torch.arange(int(self.counts.sum()), device=which.device)
+        position = torch.repeat_interleave(shift, sizes, output_size=len(listed)) + listed
+        heads = torch.repeat_interleave(head, self.counts, output_size=len(listed))
+        self.rows = rows.token_rows(heads, position, rows.k_order, rows.plan.k_len)
+
+    def padded(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Lists ``first .. first + count`` side by side, ``[count, T]``, and which slots are used."""
+        counts, starts = self.counts[first : first + count, None], self.starts[first : first + count, None]
+        slot = torch.arange(int(counts.max()), device=counts.device)
+        return self.rows[starts + slot.clamp(max=counts - 1)], slot < counts
+
+
+def _groups(keys: list[int], limit: int) -> Iterator[int]:
+    """Cut a sequence of key counts into runs of at most ``limit`` keys in all; yields how many rows each has."""
+    rows = total = 0
+    for count in keys:
+        if rows and total + count > limit:
+            yield rows
+            rows = total = 0
+        rows, total = rows + 1, total + count
+    if rows:
+        yield rows
+
+
+def _chunk_end(table: list[list[int]], tail: int, dim: int, limit: int) -> int:
+    """How many of the next rows go together; columns of ``table`` are keys, queries and class of key count."""
+    end = most = 0
+    for keys, queries, level in zip(*table, strict=True):
+        most = max(most, keys)
+        full = (end + 1) * (most + tail) * max(table[1][0], dim) > limit
+        if end and (full or level != table[2][0] or queries < MIN_FILL * table[1][0]):
+            break
+        end += 1
+    return end

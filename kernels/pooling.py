@@ -32,6 +32,9 @@ def pool_blocks(k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor, 
 
 def _sums(x: Tensor, plan: BlockPlan, work: torch.dtype) -> Tensor:
     """``[B, H, Nk, D]``: sum over the readable keys of every block."""
+    blocks = plan.num_k_blocks
+    if plan.k_starts is not None:
+        return segment_sums(x, _block_of_token(plan), blocks, work)
     batch, length, heads, dim = x.shape
     x = x.transpose(1, 2)
     if plan.k_order is not None:
@@ -40,13 +43,52 @@ def _sums(x: Tensor, plan: BlockPlan, work: torch.dtype) -> Tensor:
         positions = torch.arange(length, device=x.device)
         # Padding may hold anything, NaN included: it is replaced, not multiplied by zero.
         x = x.masked_fill((positions >= plan.key_lengths[:, None])[:, None, :, None], 0)
-    blocks = plan.num_k_blocks
-    if plan.k_starts is None:
-        full = length // plan.block_k
-        head = x[:, :, : full * plan.block_k].unflatten(2, (full, plan.block_k)).sum(3, dtype=work)
-        rest = x[:, :, full * plan.block_k :].sum(2, keepdim=True, dtype=work)
-        return head if full == blocks else torch.cat([head, rest], 2)
-    positions = torch.arange(length, device=x.device).expand(*plan.k_edges.shape[:2], -1).contiguous()
-    owner = torch.searchsorted(plan.k_edges[..., 1:].contiguous(), positions, right=True)
-    sums = torch.zeros(batch, heads, blocks, dim, dtype=work, device=x.device)
-    return sums.scatter_add_(2, owner.expand(batch, heads, -1)[..., None].expand(-1, -1, -1, dim), x.to(work))
+    full = length // plan.block_k
+    head = x[:, :, : full * plan.block_k].unflatten(2, (full, plan.block_k)).sum(3, dtype=work)
+    rest = x[:, :, full * plan.block_k :].sum(2, keepdim=True, dtype=work)
+    return head if full == blocks else torch.cat([head, rest], 2)
+
+
+def _block_of_token(plan: BlockPlan) -> Tensor:
+    """``[b, h, Sk]`` int64: block of every key token; Nk for keys that may not be read."""
+    edges = plan.k_edges
+    positions = torch.arange(plan.k_len, device=plan.device).expand(*edges.shape[:2], -1).contiguous()
+    owner = torch.searchsorted(edges[..., 1:].contiguous(), positions, right=True)
+    if plan.key_lengths is not None:
+        owner = owner.masked_fill(positions >= plan.key_lengths[:, None, None], plan.num_k_blocks)
+    if plan.k_order is None:
+        return owner
+    lead = torch.broadcast_shapes(owner.shape, plan.k_order.shape)
+    return torch.empty(lead, dtype=owner.dtype, device=owner.device).scatter_(
+        -1, plan.k_order.expand(lead), owner.expand(lead)
+    )
+
+
+def segment_sums(x: Tensor, labels: Tensor, count: int, work: torch.dtype = torch.float32) -> Tensor:
+    """Sum of the tokens of every label; the same inputs give the same bits on every device.
+
+    Args:
+        x: ``[B, S, H, D]``.
+        labels: ``[b, h, S]`` int64 in ``[0, count]``, b and h broadcast; tokens labelled ``count`` are left out.
+        count: number of labels.
+        work: dtype of sums and result.
+
+    Returns:
+        ``[B, H, count, D]``.
+
+    """
+    batch, length, heads, dim = x.shape
+    labels = labels.expand(batch, heads, -1)
+    if x.device.type == "cpu":
+        # Rows stay where they are: (b, s, h) adds to sum (b, h, label).
+        head = torch.arange(batch * heads, device=x.device).view(batch, heads, 1)
+        target = (head * (count + 1) + labels).transpose(1, 2).reshape(-1)
+        sums = torch.zeros(batch * heads * (count + 1), dim, dtype=work, device=x.device)
+        return sums.index_add_(0, target, x.to(work).reshape(-1, dim)).view(batch, heads, -1, dim)[:, :, :count]
+    # Elsewhere index_add_ adds in the order threads happen to run: sums over sorted runs do not.
+    order = labels.argsort(dim=-1, stable=True)
+    runs = x.transpose(1, 2).gather(2, order[..., None].expand(-1, -1, -1, dim)).to(work).flatten(0, 2)
+    sizes = torch.zeros(batch, heads, count + 1, dtype=torch.int64, device=x.device)
+    sizes.scatter_add_(2, labels, torch.ones_like(labels))
+    sums = torch.segment_reduce(runs, "sum", lengths=sizes.flatten(), axis=0, unsafe=True)
+    return sums.view(batch, heads, -1, dim)[:, :, :count]

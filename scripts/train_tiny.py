@@ -98,16 +98,24 @@ class Clips:
         self.rank, self.world = rank, world
         self.tokenizer = build_tokenizer()
 
+    @staticmethod
+    def pair(rng: np.random.Generator) -> tuple[data.Scene, data.Scene]:
+        scene = data.sample_scene(rng)
+        return scene, data.other_motion(scene, rng)
+
     def batch(self, step: int, fraction: float, grid: Grid | None = None) -> Batch:
         rng = np.random.default_rng((self.seed, step))
         frames, height, width = grid or pick_grid(rng, fraction)
         count = max(1, round(self.tokens_per_step / (frames * height * width * self.world))) * self.world
-        scenes = [data.sample_scene(rng) for _ in range(count)]
+        # In pairs that differ in the motion alone, noise included: what the two gradients share cancels, and what is
+        # left is about the words for the direction, the last thing this model learns.
+        pairs = -(-count // 2)
+        scenes = [s for _ in range(pairs) for s in self.pair(rng)][:count]
         captions = ["" if rng.random() < 0.1 else s.caption for s in scenes]
         # Drawn for the whole batch and then shared out, so that a step does not depend on the number of workers.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        level = sample_noise_levels(count, generator)
-        noise = torch.randn(count, Z_DIM, frames, height, width, generator=generator)
+        level = sample_noise_levels(pairs, generator).repeat_interleave(2)[:count]
+        noise = torch.randn(pairs, Z_DIM, frames, height, width, generator=generator).repeat_interleave(2, 0)[:count]
         mine = slice(self.rank, None, self.world)
         scenes, captions = scenes[mine], captions[mine]
         videos = [data.render(s, 4 * frames - 3, 8 * height, 8 * width) for s in scenes]

@@ -12,8 +12,11 @@ from torch import Tensor
 from dsattn.block_plan import BlockPlan
 from dsattn.grid import Call, VideoGrid
 
-# q, k, v [B, S, H, D] after norm and RoPE, the call, the method's config.
-PlanFunction = Callable[[Tensor, Tensor, Tensor, Call, Any], BlockPlan]
+# What a method remembers of one (model, layer, branch) from plan to plan within a run, by name; empty at first.
+Memory = dict[str, Tensor]
+
+# q, k, v [B, S, H, D] after norm and RoPE, the call, the method's config, its memory (read and changed in place).
+PlanFunction = Callable[[Tensor, Tensor, Tensor, Call, Any, Memory], BlockPlan]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
 from dsattn.grid import Call
-from dsattn.methods.base import Method
+from dsattn.methods.base import Memory, Method
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class DenseConfig:
     """No options."""
 
 
-def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: DenseConfig) -> BlockPlan:
+def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: DenseConfig, memory: Memory) -> BlockPlan:
     """Plan that keeps everything."""
     return BlockPlan.dense(q.shape[0], q.shape[2], q.shape[1], k.shape[1], device=q.device)
 

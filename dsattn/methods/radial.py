@@ -19,7 +19,7 @@ from torch import Tensor
 from dsattn.block_plan import BlockPlan
 from dsattn.config import require, require_choice
 from dsattn.grid import Call, VideoGrid
-from dsattn.methods.base import Method, aligned_blocks, keep_exact_segments
+from dsattn.methods.base import Memory, Method, aligned_blocks, keep_exact_segments
 
 # The original's constants: pairs of frames are thinned out below this window, a block is kept when more
 # than DENSE_COLUMNS of its used columns are more than COLUMN_DENSITY full.
@@ -52,7 +52,7 @@ class RadialConfig:
         require_choice("compat", self.compat, ("corrected", "original"))
 
 
-def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: RadialConfig) -> BlockPlan:
+def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: RadialConfig, memory: Memory) -> BlockPlan:
     """Static plan, shared by all heads and batch rows; made once per grid."""
     batch, length, heads, _ = q.shape
     mask = _mask(call.grid, config, q.device)

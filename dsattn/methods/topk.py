@@ -9,16 +9,14 @@ selection is in fp32; the blocks on the diagonal, text and prefix are always kep
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsattn.block_plan import TAILS, BlockPlan, Tail
-from dsattn.config import require, require_choice
-from dsattn.errors import UsageError
+from dsattn.config import require_budget, require_choice
 from dsattn.grid import Call
-from dsattn.methods.base import Method, aligned_blocks, keep_exact_segments
+from dsattn.methods.base import Memory, Method, aligned_blocks, keep_exact_segments
 from dsattn.methods.scores import block_sizes, mean_pool
 from dsattn.orders import ORDERS, OrderName, token_order
 
@@ -48,23 +46,14 @@ class TopkConfig:
     order: OrderName = "tile"
 
     def __post_init__(self) -> None:
-        if self.density is not None and self.top_p is not None:
-            raise UsageError(f"give density or top_p, not both; got density={self.density} and top_p={self.top_p}")
-        if self.top_p is None and self.density is None:
-            object.__setattr__(self, "density", 0.15)
-        for name in ("density", "top_p"):
-            value: Any = getattr(self, name)
-            if value is not None:
-                require(name, value, (int, float), low=0, high=1)
-                if value == 0:
-                    raise UsageError(f"{name} must be above 0, got {value!r}")
+        object.__setattr__(self, "density", require_budget(self.density, self.top_p, default=0.15))
         require_choice("block_q", self.block_q, BLOCKS)
         require_choice("block_k", self.block_k, BLOCKS)
         require_choice("tail", self.tail, TAILS)
         require_choice("order", self.order, ORDERS)
 
 
-def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: TopkConfig) -> BlockPlan:
+def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: TopkConfig, memory: Memory) -> BlockPlan:
     """Plan from the current q and k.
 
     Args:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,8 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 SHAPES = ("circle", "square", "triangle", "star", "diamond")
 SIZES = {"small": (0.12, 0.15), "large": (0.19, 0.24)}
 MOTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0)}
+TRAVEL = (0.38, 0.52)
+"""Path length over the clip, as a fraction of the frame."""
 BACKGROUNDS = ("striped", "checkered", "cloudy", "gradient", "dotted")
 
 VERBS = ("moves", "slides", "drifts", "glides", "travels")
@@ -103,13 +105,17 @@ def _choice(rng: np.random.Generator, items: Sequence[str]) -> str:
     return items[int(rng.integers(len(items)))]
 
 
+def _room(motion: str, radius: float, travel: float) -> tuple[float, float]:
+    """How far from the middle of the frame the centre at mid-clip may lie (x, y) for the path to stay inside."""
+    dx, dy = MOTIONS[motion]
+    return max(0.49 - radius - abs(dx) * travel / 2, 0.0), max(0.49 - radius - abs(dy) * travel / 2, 0.0)
+
+
 def _draw_shape(rng: np.random.Generator, colour: str, shape: str, motion: str) -> ShapeSpec:
     size = _choice(rng, tuple(SIZES))
     radius = float(rng.uniform(*SIZES[size]))
-    travel = 0.0 if motion == "still" else float(rng.uniform(0.38, 0.52))
-    dx, dy = MOTIONS[motion]
-    room_x = max(0.5 - radius - 0.01 - abs(dx) * travel / 2, 0.0)
-    room_y = max(0.5 - radius - 0.01 - abs(dy) * travel / 2, 0.0)
+    travel = 0.0 if motion == "still" else float(rng.uniform(*TRAVEL))
+    room_x, room_y = _room(motion, radius, travel)
     centre = (0.5 + float(rng.uniform(-room_x, room_x)), 0.5 + float(rng.uniform(-room_y, room_y)))
     return ShapeSpec(colour, shape, size, motion, radius, centre, travel, float(rng.uniform(-0.25, 0.25)))
 
@@ -162,6 +168,27 @@ def sample_scene(rng: np.random.Generator, held_out: bool = False, simple: bool 
     pan = _choice(rng, ("left", "right")) if not simple and rng.random() < 0.06 else ""
     texture_seed = int(rng.integers(2**31))
     return Scene(shapes, background, texture_seed, pillar, pan, _caption(rng, shapes, background, pillar, pan))
+
+
+def other_motion(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The same scene with every shape moving elsewhere: the opposite way where training may show that, else any other.
+
+    Everything else (colours, sizes, background, position at mid-clip as far as the path allows) stays, so a pair of
+    such scenes differs in what the words for the direction mean and in nothing besides.
+    """
+    turned = []
+    for spec in scene.shapes:
+        dx, dy = MOTIONS[spec.motion]
+        moving = [m for m in MOTIONS if m not in ("still", spec.motion)]
+        allowed = [m for m in moving if not is_held_out(spec.colour, spec.shape, m)]
+        opposite = [m for m in allowed if MOTIONS[m] == (-dx, -dy)]
+        motion = _choice(rng, opposite or allowed or ["still"])
+        travel = 0.0 if motion == "still" else spec.travel or float(rng.uniform(*TRAVEL))
+        room_x, room_y = _room(motion, spec.radius, travel)
+        x, y = (0.5 + min(max(c - 0.5, -r), r) for c, r in zip(spec.centre, (room_x, room_y), strict=True))
+        turned.append(replace(spec, motion=motion, travel=travel, centre=(x, y)))
+    caption = _caption(rng, turned, scene.background, scene.pillar, scene.pan)
+    return replace(scene, shapes=tuple(turned), caption=caption)
 
 
 def _smooth_noise(rng: np.random.Generator, height: int, width: int, cells: int) -> FloatArray:

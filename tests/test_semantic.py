@@ -1,0 +1,166 @@
+"""semantic: clusters as blocks, budgets, warm start, exact segments, and that it finds what positions hide."""
+
+import pytest
+import torch
+
+import dsattn
+from dsattn.grid import Call, VideoGrid
+
+GRIDS = [
+    VideoGrid(5, 9, 11),
+    VideoGrid(5, 9, 11, text=19),
+    VideoGrid(4, 9, 11, text=70, text_first=True),
+    VideoGrid(4, 9, 11, prefix=30, text=5),
+    VideoGrid(1, 1, 3),
+]
+
+
+def tensors(grid: VideoGrid, batch: int = 1, heads: int = 2, dim: int = 32, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, grid.tokens, heads, dim, generator=generator) for _ in range(3)]
+
+
+def plan(grid: VideoGrid, qkv, **options) -> dsattn.BlockPlan:
+    return dsattn.plan(*qkv, Call(0, 0, grid), method="semantic", **options).validate()
+
+
+def dense(qkv) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("budget", [{"density": 1.0}, {"top_p": 1.0}])
+def test_everything_kept_is_dense_attention(grid, budget):
+    qkv = tensors(grid)
+    torch.testing.assert_close(dsattn.attend(*qkv, plan(grid, qkv, **budget)), dense(qkv))
+
+
+@pytest.mark.parametrize("density", [0.05, 0.2, 0.5])
+def test_every_query_cluster_reads_its_budget_of_keys(density):
+    grid = VideoGrid(5, 9, 11)
+    qkv = tensors(grid)
+    made = plan(grid, qkv, density=density, k_clusters=40)
+    keys = (made.block_mask * made.k_sizes[:, :, None]).sum(-1)
+    # The best cluster is kept whatever it costs; none is cut.
+    slack = made.k_sizes.max()
+    assert bool((keys <= density * grid.tokens + slack).all())
+    assert bool((keys >= density * grid.tokens - slack).all())
+    assert bool((keys > 0).all())
+
+
+def test_top_p_keeps_the_crossing_cluster_and_no_more():
+    """Four planted clusters of 64 keys that hold 1/2, 1/4, 1/8, 1/8 of the mass for every query."""
+    grid = VideoGrid(1, 16, 16)
+    q = torch.zeros(1, 256, 1, 8)
+    q[..., 0] = 8**0.5
+    k = torch.zeros(1, 256, 1, 8)
+    owner = torch.arange(256) % 4
+    shares = torch.tensor([0.5, 0.25, 0.125, 0.125])
+    k[0, :, 0, 0] = shares.log()[owner]
+    k[0, :, 0, 1] = 100.0 * owner
+    for top_p, expected in ((0.4, 128 / 256), (0.6, 192 / 256), (0.8, 224 / 256)):
+        made = plan(grid, (q, k, k), top_p=top_p, k_clusters=4, first_iterations=8, seed=3)
+        kept = made.to_dense()[0, 0, 0]
+        mass = shares[owner][kept].sum() / 64
+        assert mass == pytest.approx(expected)
+
+
+def test_clusters_find_what_positions_hide():
+    """Tokens of 12 groups stand in random positions and only see their own group: exact at a density of 1/8."""
+    grid = VideoGrid(4, 12, 16)
+    generator = torch.Generator().manual_seed(0)
+    group = torch.randint(12, (grid.tokens,), generator=generator)
+    codes = 6 * torch.nn.functional.one_hot(group, 32).float()[None, :, None].expand(1, -1, 2, -1)
+    noise = torch.randn(2, 1, grid.tokens, 2, 32, generator=generator)
+    q, k = codes + 0.1 * noise[0], codes + 0.1 * noise[1]
+    v = torch.randn(1, grid.tokens, 2, 32, generator=generator)
+    errors = {}
+    for method, options in (("semantic", {"q_clusters": 64, "k_clusters": 64}), ("topk", {})):
+        made = dsattn.plan(q, k, v, Call(0, 0, grid), method=method, density=0.125, tail="none", **options)
+        out = dsattn.attend(q, k, v, made, impl="torch")
+        errors[method] = ((out - dense((q, k, v))).norm() / dense((q, k, v)).norm()).item()
+    assert errors["semantic"] < 0.05 < 0.5 < errors["topk"], errors
+
+
+@pytest.mark.parametrize("grid", GRIDS[1:4])
+def test_text_and_prefix_are_exact(grid):
+    qkv = tensors(grid)
+    pairs = plan(grid, qkv, density=0.05).to_dense()
+    for start, stop in grid.exact_segments:
+        assert bool(pairs[:, :, start:stop].all())
+        assert bool(pairs[:, :, :, start:stop].all())
+    assert not bool(pairs.all())
+
+
+def test_padded_text_stays_at_the_end():
+    """key_lengths counts positions, so the order must leave padded text where it is."""
+    grid = VideoGrid(5, 9, 11, prefix=3, text=80)
+    q, k, v = tensors(grid, batch=2)
+    made = plan(grid, (q, k, v))
+    assert made.k_order is not None
+    assert torch.equal(made.k_order[..., -80:], torch.arange(grid.tokens - 80, grid.tokens).expand(2, 2, -1))
+    lengths = torch.tensor([grid.tokens - 50, grid.tokens], dtype=torch.int32)
+    k[0, -50:], v[0, -50:] = torch.nan, torch.nan
+    out = dsattn.attend(q, k, v, made.with_key_lengths(lengths), impl="torch")
+    assert bool(out.isfinite().all())
+
+
+def test_batch_of_two_is_two_batches_of_one():
+    grid = GRIDS[1]
+    qkv = tensors(grid, batch=2)
+    both = plan(grid, qkv).to_dense()
+    for b in range(2):
+        assert torch.equal(both[b : b + 1], plan(grid, [x[b : b + 1] for x in qkv]).to_dense())
+
+
+def test_a_later_plan_starts_from_the_last_centroids():
+    grid = GRIDS[0]
+    qkv = tensors(grid)
+    engine = dsattn.Engine("semantic", first_iterations=2, iterations=3)
+    engine(*qkv, Call(0, 0, grid))
+    engine(*qkv, Call(0, 1, grid))
+    entry = engine.state.entries["transformer", 0, "cond"]
+    assert torch.equal(entry.plan.to_dense(), plan(grid, qkv, first_iterations=5).to_dense())
+    held = sum(x.numel() * x.element_size() for x in entry.memory.values())
+    assert 0 < held < engine.state.plan_bytes
+
+
+def test_second_run_repeats_the_first_and_branches_do_not_meet():
+    grid = GRIDS[0]
+    first, other = tensors(grid), tensors(grid, seed=1)
+    engine = dsattn.Engine("semantic")
+
+    def run(with_other: bool) -> list[torch.Tensor]:
+        outs = []
+        for step in range(3):
+            outs.append(engine(*first, Call(0, step, grid)))
+            if with_other:
+                engine(*other, Call(0, step, grid, branch="uncond"))
+        return outs
+
+    for a, b in zip(run(False), run(True), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_new_grid_forgets_the_centroids():
+    engine = dsattn.Engine("semantic")
+    for grid in (GRIDS[0], GRIDS[1]):
+        out = engine(*tensors(grid), Call(0, 0, grid))
+    assert torch.equal(out, dsattn.Engine("semantic")(*tensors(grid), Call(0, 0, grid)))
+
+
+def test_equal_tokens_fall_into_one_cluster():
+    grid = VideoGrid(3, 8, 9)
+    q, k, v = tensors(grid)
+    q, k = torch.ones_like(q), torch.ones_like(k)
+    made = plan(grid, (q, k, v), density=0.05)
+    torch.testing.assert_close(dsattn.attend(q, k, v, made), dense((q, k, v)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"density": 0.0}, {"density": 0.1, "top_p": 0.9}, {"q_clusters": -1}, {"iterations": 0}, {"tail": "linear"}],
+)
+def test_bad_options_are_named(options):
+    with pytest.raises(dsattn.UsageError, match=next(iter(options))):
+        plan(GRIDS[0], tensors(GRIDS[0]), **options)
