@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from dsattn.errors import UsageError
 
+DEFAULT_METHOD = "semantic"
 IMPLS = ("auto", "triton", "flex", "torch", "reference")
 DENSE_BACKENDS = ("sdpa", "flex", "xformers")
 
@@ -37,7 +38,7 @@ class Config:
 
     """
 
-    method: str = "topk"
+    method: str = DEFAULT_METHOD
     options: Mapping[str, Any] = field(default_factory=dict)
     dense_steps: int | float = 0
     dense_layers: tuple[int, ...] = ()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsattn.config import Config, build, load_config
+from dsattn.config import DEFAULT_METHOD, Config, build, load_config
 from dsattn.errors import StrictFallbackError, UsageError
 from dsattn.functional import attend, check_qkv, choose_impl, find_method
 from dsattn.grid import Call
@@ -34,7 +34,7 @@ class Engine:
 
     """
 
-    def __init__(self, method: str | Config = "topk", **options: Any) -> None:
+    def __init__(self, method: str | Config = DEFAULT_METHOD, **options: Any) -> None:
         base = {"method": method} if isinstance(method, str) else method.to_dict()
         self.config = Config.from_dict({**base, **options})
         self.method = find_method(self.config.method)
@@ -160,7 +160,7 @@ class Engine:
         )
 
 
-def as_engine(method: str | Path | Config | Engine = "topk", **options: Any) -> Engine:
+def as_engine(method: str | Path | Config | Engine = DEFAULT_METHOD, **options: Any) -> Engine:
     """Engine from a method name, a config, the path of a YAML file, or an engine (which takes no options).
 
     Raises:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
-from dsattn.config import IMPLS, build, require_choice
+from dsattn.config import DEFAULT_METHOD, IMPLS, build, require_choice
 from dsattn.errors import ImplUnavailableError, UsageError
 from dsattn.grid import Call
 from dsattn.methods import METHODS, Method
@@ -37,7 +37,7 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
-def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, method: str = "topk", **options: Any) -> BlockPlan:
+def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, method: str = DEFAULT_METHOD, **options: Any) -> BlockPlan:
     """Make the block-sparse plan of one attention call.
 
     Args:

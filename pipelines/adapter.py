@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from dsattn.config import Config
+from dsattn.config import DEFAULT_METHOD, Config
 from dsattn.engine import Engine, as_engine
 from dsattn.pipelines.context import ModelContext, Run
 from dsattn.pipelines.overlay import SparseProcessor, unwrap, wrap
@@ -62,7 +62,7 @@ class SparseAttnProcessor:
 
     dsattn_request = True
 
-    def __init__(self, method: Method = "topk", **options: Any) -> None:
+    def __init__(self, method: Method = DEFAULT_METHOD, **options: Any) -> None:
         self.method = method
         self.options = options
 
@@ -79,7 +79,7 @@ class SparseAttnProcessor:
         )
 
 
-def enable(target: Any, method: Method = "topk", **options: Any) -> Handle:
+def enable(target: Any, method: Method = DEFAULT_METHOD, **options: Any) -> Handle:
     """Run the video self-attention of a pipeline or transformer through dsattn.
 
     Args:
@@ -107,7 +107,7 @@ def disable(target: Any) -> None:
 
 
 @contextmanager
-def enabled(target: Any, method: Method = "topk", **options: Any) -> Iterator[Handle]:
+def enabled(target: Any, method: Method = DEFAULT_METHOD, **options: Any) -> Iterator[Handle]:
     """:func:`enable` for the length of a ``with`` block."""
     handle = enable(target, method, **options)
     try:
@@ -130,7 +130,7 @@ def summary(target: Any) -> dict[str, Any]:
     raise RuntimeError(f"dsattn is not enabled on this {type(target).__name__}; call dsattn.enable(...) first")
 
 
-def attn_processors(transformer: nn.Module, method: Method = "topk", **options: Any) -> dict[str, Any]:
+def attn_processors(transformer: nn.Module, method: Method = DEFAULT_METHOD, **options: Any) -> dict[str, Any]:
     """Full dictionary for ``transformer.set_attn_processor(...)``.
 
     Video self-attention gets a sparse processor, every other module keeps its own object. The transformer's forward is

@@ -21,7 +21,7 @@ from . import tiny_pipelines
 
 PROMPT = "a large red circle moves left over a striped background"
 SMALL = ["--height", "48", "--width", "64", "--frames", "5", "--steps", "2"]
-SPARSE = ["--impl", "torch", "-O", "block_q=16", "-O", "block_k=16", "-O", "density=0.4"]
+SPARSE = ["--method", "topk", "--impl", "torch", "-O", "block_q=16", "-O", "block_k=16", "-O", "density=0.4"]
 SCHEMA = json.loads(Path(dsattn.__file__).with_name("report.schema.json").read_text(encoding="utf-8"))
 
 

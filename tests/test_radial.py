@@ -91,6 +91,10 @@ def brute_force(grid: VideoGrid, config: RadialConfig) -> torch.Tensor:
         VideoGrid(5, 6, 7, text=13, text_first=True),
         VideoGrid(3, 3, 5),
         VideoGrid(9, 4, 4),
+        # Frames of several blocks, so that most are judged by the table.
+        VideoGrid(3, 9, 17),
+        VideoGrid(4, 8, 16, text=5),
+        VideoGrid(3, 11, 13, prefix=7),
     ],
 )
 @pytest.mark.parametrize("sink", [True, False])

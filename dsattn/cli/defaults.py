@@ -4,5 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-DEFAULTS: dict[str, Any] = {"method": "topk", "dense_steps": 0.17, "dense_layers": ""}
+from dsattn.config import DEFAULT_METHOD
+
+DEFAULTS: dict[str, Any] = {"method": DEFAULT_METHOD, "dense_steps": 0.17, "dense_layers": ""}
 FPS = 16.0

@@ -89,22 +89,68 @@ def window(distance: int, frame_tokens: int, config: RadialConfig) -> float | No
 
 
 def corrected_mask(grid: VideoGrid, config: RadialConfig, device: torch.device) -> Tensor:
-    """``[N, N]`` bool over the blocks of the whole sequence; columns are counted over true tokens only."""
+    """``[N, N]`` bool over the blocks of the whole sequence; columns are counted over true tokens only.
+
+    A full block that lies in one frame is judged by a table: against another such block the outcome depends only on
+    the window and on how far apart the two start within their frames. The few blocks left over (on the border of
+    two frames, beside text, the partial last one) are counted token by token.
+    """
     block, size, start = config.block, grid.frame_tokens, grid.video_start
     blocks = -(-grid.tokens // block)
-    token = torch.arange(grid.tokens, device=device)
-    video = (token >= start) & (token < grid.video_end)
-    frame, place = (token - start).div(size, rounding_mode="floor"), (token - start) % size
-    block_start = torch.arange(blocks, device=device)[:, None] * block
-    rows = (grid.tokens - block_start).clamp(max=block)
-    # Window per frame distance; -1 allows nothing.
-    windows = [window(d, size, config) for d in range(grid.frames)]
-    half = torch.tensor([-1.0 if w is None else w for w in windows], device=device).floor().long()
-    allowed = torch.zeros(blocks, grid.tokens, dtype=torch.int32, device=device)
+    half = _windows(grid, config, device)
+    first = torch.arange(blocks, device=device) * block
+    frame, place = (first - start).div(size, rounding_mode="floor"), (first - start) % size
+    regular = (first >= start) & (first + block <= grid.video_end) & (place + block <= size)
+    rest = (~regular).nonzero().squeeze(1)
+    mask = torch.ones(blocks, blocks, dtype=torch.bool, device=device)
+    inside = regular.nonzero().squeeze(1)
+    if len(inside):
+        widths, kind = half.unique(return_inverse=True)
+        table = _table(widths, size, block)
+        frame, place = frame[inside], place[inside]
+        distance = (frame[:, None] - frame).abs()
+        kept = table[kind[distance], place - place[:, None] + size]
+        if config.sink:
+            kept |= frame == 0
+        mask[inside[:, None], inside] = kept
+    if not len(rest):
+        return mask
+    tokens = (rest[:, None] * block + torch.arange(block, device=device)).flatten()
+    everything = torch.arange(blocks * block, device=device)
+    mask[:, rest] = _count(grid, config, half, torch.arange(blocks, device=device), tokens)
+    mask[rest] = _count(grid, config, half, rest, everything)
+    return mask
+
+
+def _windows(grid: VideoGrid, config: RadialConfig, device: torch.device) -> Tensor:
+    """``[F]`` int64: half-width per distance between frames, in whole tokens; -1 allows nothing."""
+    windows = [window(d, grid.frame_tokens, config) for d in range(grid.frames)]
+    return torch.tensor([-1.0 if w is None else w for w in windows], device=device).floor().long()
+
+
+def _table(widths: Tensor, size: int, block: int) -> Tensor:
+    """``[W, 2 size]`` bool: whether a key block is kept that starts ``index - size`` places behind the query block."""
+    place = (torch.arange(-size, size, device=widths.device)[:, None] + torch.arange(block, device=widths.device)).view(
+        1, -1
+    )
+    reach = widths[:, None]
+    allowed = (place + reach).clamp(max=block - 1) - (place - reach).clamp(min=0) + 1
+    allowed = allowed.clamp(min=0) * (reach >= 0)
+    return _blocks_worth_keeping(allowed, torch.full_like(reach, block), block)
+
+
+def _count(grid: VideoGrid, config: RadialConfig, half: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
+    """``[R, T / block]`` bool for block rows ``rows [R]`` and key tokens ``tokens [T]``, which form whole blocks."""
+    block, size, start = config.block, grid.frame_tokens, grid.video_start
+    video = (tokens >= start) & (tokens < grid.video_end)
+    frame, place = (tokens - start).div(size, rounding_mode="floor"), (tokens - start) % size
+    first_row = rows[:, None] * block
+    height = (grid.tokens - first_row).clamp(max=block)
+    allowed = torch.zeros(len(rows), len(tokens), dtype=torch.int32, device=rows.device)
     for i in range(grid.frames):
         # Rows of frame i inside each block, as places within the frame: [first, last].
-        first = (block_start - start - i * size).clamp(min=0)
-        last = (block_start + rows - 1 - start - i * size).clamp(max=size - 1)
+        first = (first_row - start - i * size).clamp(min=0)
+        last = (first_row + height - 1 - start - i * size).clamp(max=size - 1)
         touched = (last >= first).squeeze(1).nonzero().squeeze(1)
         reach = half[(frame - i).abs().clamp(max=grid.frames - 1)]
         if config.sink:
@@ -113,7 +159,7 @@ def corrected_mask(grid: VideoGrid, config: RadialConfig, device: torch.device) 
         high = torch.minimum(last[touched], place + reach)
         count = (high - low + 1).clamp(min=0) * (video & (reach >= 0))
         allowed[touched] += count.int()
-    return _blocks_worth_keeping(allowed, rows, block)
+    return _blocks_worth_keeping(allowed, height, block)
 
 
 def original_mask(frames: int, size: int, config: RadialConfig, device: torch.device) -> Tensor:
