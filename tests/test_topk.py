@@ -19,7 +19,7 @@ def plan(grid: VideoGrid, qkv, **options) -> dsattn.BlockPlan:
 
 
 @pytest.mark.parametrize("budget", [{"density": 1.0}, {"top_p": 1.0}])
-@pytest.mark.parametrize("order", ["raster", "tile"])
+@pytest.mark.parametrize("order", ["raster", "tile", "hilbert"])
 def test_everything_kept_is_dense_attention(budget, order):
     qkv = tensors(GRID)
     out = dsattn.attend(*qkv, plan(GRID, qkv, **budget, order=order), impl="torch")
@@ -98,3 +98,38 @@ def test_grid_must_fit():
     qkv = tensors(GRID)
     with pytest.raises(dsattn.UsageError, match="must have the grid's 495 tokens, got 514 and 514"):
         dsattn.plan(*qkv, Call(0, 0, VideoGrid(5, 9, 11)), method="topk")
+
+
+def test_subblock_scores_are_the_mass_of_means_of_quarters():
+    """Against a loop over the quarters, with a partial last block and a partial last quarter."""
+    from dsattn.methods.scores import subblock_scores
+
+    q, k, _ = (x.double() for x in tensors(VideoGrid(1, 9, 9)))  # 81 tokens: 64 + 17 (16 + 1)
+    found = subblock_scores(q, k, 64, 32).softmax(-1)
+
+    def quarters(x: torch.Tensor, block: int) -> list[list[torch.Tensor]]:
+        blocks = [x[0, i : i + block, 0] for i in range(0, 81, block)]
+        return [[b[i : i + block // 4] for i in range(0, len(b), block // 4)] for b in blocks]
+
+    for i, rows in enumerate(quarters(q, 64)):
+        masses = []
+        for columns in quarters(k, 32):
+            pairs = [(a, b) for a in rows for b in columns]
+            scores = [(len(a) * len(b), (a.mean(0) @ b.mean(0) * 32**-0.5).exp()) for a, b in pairs]
+            masses.append(sum(n * s for n, s in scores))
+        want = torch.stack(masses) / sum(masses)
+        torch.testing.assert_close(found[0, 0, i].double(), want, rtol=1e-5, atol=1e-7)
+
+
+def test_subblock_scores_see_a_needle_that_the_mean_hides():
+    """One quarter of a block matches the queries, the rest opposes them: the mean says no, the quarters say yes."""
+    grid = VideoGrid(1, 16, 32)
+    q = torch.zeros(1, 512, 1, 8)
+    q[..., 0] = 8**0.5
+    k = torch.zeros(1, 512, 1, 8)
+    k[:, 256:272, :, 0], k[:, 272:320, :, 0] = 8.0, -8.0
+    kept = {
+        scorer: plan(grid, (q, k, k), density=0.25, order="raster", scorer=scorer).block_mask[0, 0, 0, 4].item()
+        for scorer in ("mean", "subblock")
+    }
+    assert kept == {"mean": False, "subblock": True}

@@ -105,7 +105,7 @@ def corrected_mask(grid: VideoGrid, config: RadialConfig, device: torch.device) 
     mask = torch.ones(blocks, blocks, dtype=torch.bool, device=device)
     inside = regular.nonzero().squeeze(1)
     if len(inside):
-        widths, kind = half.unique(return_inverse=True)
+        widths, kind = torch.unique(half, return_inverse=True)
         table = _table(widths, size, block)
         frame, place = frame[inside], place[inside]
         distance = (frame[:, None] - frame).abs()

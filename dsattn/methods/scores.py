@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+# Sub-blocks along each side of a block.
+CELLS = 4
 
 
 def mean_pool(x: Tensor, block: int, order: Tensor | None = None) -> Tensor:
@@ -31,3 +37,41 @@ def block_sizes(length: int, block: int, device: torch.device) -> Tensor:
     """``[N]`` fp32: tokens of every fixed-size block."""
     starts = torch.arange(0, length, block, device=device)
     return (length - starts).clamp(max=block).float()
+
+
+def mean_scores(q: Tensor, k: Tensor, block_q: int, block_k: int, order: Tensor | None = None) -> Tensor:
+    """Log of the mass a key block would hold if its keys and the block's queries were all alike: one product of means.
+
+    Args:
+        q, k: ``[B, S, H, D]``, of one length.
+        block_q, block_k: tokens per block.
+        order: ``[S]`` int64, token at each position; None keeps the given order.
+
+    Returns:
+        ``[B, H, Nq, Nk]`` fp32, natural log up to a constant per row.
+
+    """
+    sizes = block_sizes(k.shape[1], block_k, k.device)
+    scores: Tensor = mean_pool(q, block_q, order) @ mean_pool(k, block_k, order).mT * q.shape[-1] ** -0.5 + sizes.log()
+    return scores
+
+
+def subblock_scores(q: Tensor, k: Tensor, block_q: int, block_k: int, order: Tensor | None = None) -> Tensor:
+    """Log of the block's un-normalised softmax mass from the means of its quarters, summed over all pairs of them.
+
+    Source: SubBlock (NVIDIA), log-sum-exp over sub-blocks. Same arguments and result as ``mean_scores``.
+    """
+    cells = mean_scores(q, k, block_q // CELLS, block_k // CELLS, order)
+    cells = cells + block_sizes(q.shape[1], block_q // CELLS, q.device).log()[:, None]
+    # Cells behind the end of a partial last block hold nothing.
+    rows, columns = (-(-x.shape[1] // block) for x, block in ((q, block_q), (k, block_k)))
+    pad = (0, columns * CELLS - cells.shape[-1], 0, rows * CELLS - cells.shape[-2])
+    cells = torch.nn.functional.pad(cells, pad, value=-torch.inf)
+    return cells.view(*cells.shape[:2], rows, CELLS, columns, CELLS).logsumexp((3, 5))
+
+
+ScorerName = Literal["mean", "subblock"]
+SCORERS: dict[str, Callable[[Tensor, Tensor, int, int, Tensor | None], Tensor]] = {
+    "mean": mean_scores,
+    "subblock": subblock_scores,
+}

@@ -17,7 +17,7 @@ from dsattn.block_plan import TAILS, BlockPlan, Tail
 from dsattn.config import require_budget, require_choice
 from dsattn.grid import Call
 from dsattn.methods.base import Memory, Method, aligned_blocks, keep_exact_segments
-from dsattn.methods.scores import block_sizes, mean_pool
+from dsattn.methods.scores import SCORERS, ScorerName
 from dsattn.orders import ORDERS, OrderName, token_order
 
 BLOCKS = (16, 32, 64, 128)
@@ -34,7 +34,10 @@ class TopkConfig:
             the block that crosses the mark is kept.
         block_q, block_k: tokens per block, one of 16, 32, 64, 128.
         tail: what skipped blocks contribute, ``"pooled"`` or ``"none"``.
-        order: token order blocks are cut from, ``"raster"`` or ``"tile"`` (8 × 8 patches within a frame).
+        order: token order blocks are cut from: ``"raster"``, ``"tile"`` (8 × 8 patches within a frame), ``"morton"``
+            or ``"hilbert"`` (curves through space and time).
+        scorer: how blocks are compared: ``"mean"`` by their mean query and key, ``"subblock"`` by the log-sum-exp
+            over their quarters, which sees what a mean of unlike tokens hides (SubBlock, NVIDIA).
 
     """
 
@@ -44,6 +47,7 @@ class TopkConfig:
     block_k: int = 64
     tail: Tail = "pooled"
     order: OrderName = "tile"
+    scorer: ScorerName = "mean"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "density", require_budget(self.density, self.top_p, default=0.15))
@@ -51,6 +55,7 @@ class TopkConfig:
         require_choice("block_k", self.block_k, BLOCKS)
         require_choice("tail", self.tail, TAILS)
         require_choice("order", self.order, ORDERS)
+        require_choice("scorer", self.scorer, SCORERS)
 
 
 def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: TopkConfig, memory: Memory) -> BlockPlan:
@@ -60,12 +65,9 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: TopkConfig, memory
         q, k, v: ``[B, S, H, D]`` after norm and RoPE; S must equal ``call.grid.tokens``.
 
     """
-    batch, length, heads, dim = q.shape
+    batch, length, heads, _ = q.shape
     order = token_order(call.grid, config.order, q.device)
-    q_pool = mean_pool(q, config.block_q, order)
-    k_pool = mean_pool(k, config.block_k, order)
-    sizes = block_sizes(length, config.block_k, q.device)
-    mass = (q_pool @ k_pool.transpose(-1, -2) * dim**-0.5 + sizes.log()).softmax(-1)
+    mass = SCORERS[config.scorer](q, k, config.block_q, config.block_k, order).softmax(-1)
 
     always = aligned_blocks(length, config.block_q, config.block_k, q.device)
     always = keep_exact_segments(always.clone(), call.grid, config.block_q, config.block_k)
