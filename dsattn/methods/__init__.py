@@ -4,8 +4,9 @@ from dsattn.methods.base import Method
 from dsattn.methods.dense import METHOD as DENSE
 from dsattn.methods.radial import METHOD as RADIAL
 from dsattn.methods.semantic import METHOD as SEMANTIC
+from dsattn.methods.spatial_temporal import METHOD as SPATIAL_TEMPORAL
 from dsattn.methods.topk import METHOD as TOPK
 
-METHODS: dict[str, Method] = {method.name: method for method in (DENSE, RADIAL, TOPK, SEMANTIC)}
+METHODS: dict[str, Method] = {method.name: method for method in (DENSE, RADIAL, SPATIAL_TEMPORAL, TOPK, SEMANTIC)}
 
 __all__ = ["METHODS", "Method"]
