@@ -176,6 +176,16 @@ class BlockPlan:
             edges = edges.minimum(self.key_lengths.to(edges)[:, None, None])
         return edges.diff(dim=-1)
 
+    @cached_property
+    def q_block_of_token(self) -> Tensor:
+        """``[b, h, q_len]`` int64: query block of every token."""
+        return _block_of_token(self.q_edges, self.q_order, self.q_len)
+
+    @cached_property
+    def k_block_of_token(self) -> Tensor:
+        """``[b, h, k_len]`` int64: key block of every token, whether it may be read or not."""
+        return _block_of_token(self.k_edges, self.k_order, self.k_len)
+
     # -- meaning --------------------------------------------------------------------------------------
 
     @cached_property
@@ -198,22 +208,29 @@ class BlockPlan:
 
     def to_dense(self) -> Tensor:
         """``[B, H, Sq, Sk]`` bool in original token order: the pairs computed exactly. For tests and pictures."""
-        q_block = _block_of(self.q_edges, self.q_len)
-        k_block = _block_of(self.k_edges, self.k_len)
+        return self.rows_to_dense(torch.arange(self.q_len, device=self.device))
+
+    def rows_to_dense(self, rows: Tensor) -> Tensor:
+        """``[B, H, R, Sk]`` bool in original token order: the keys that the query tokens ``rows [R]`` read exactly."""
+        lead = (self.batch, self.heads)
+        pairs = self.kept_blocks(rows).gather(
+            3, self.k_block_of_token.expand(*lead, -1)[:, :, None].expand(-1, -1, len(rows), -1)
+        )
+        if self.key_lengths is None:
+            return pairs
+        readable = torch.arange(self.k_len, device=self.device) < self.key_lengths[:, None]
+        readable = readable[:, None].expand(*lead, -1)
+        if self.k_order is not None:
+            order = self.k_order.expand(*lead, -1)
+            readable = torch.zeros_like(readable).scatter_(-1, order, readable)
+        return pairs & readable[:, :, None]
+
+    def kept_blocks(self, rows: Tensor) -> Tensor:
+        """``[B, H, R, Nk]`` bool: the key blocks that the query tokens ``rows [R]`` read."""
         lead = (self.batch, self.heads)
         mask = self.block_mask.expand(*lead, -1, -1)
-        rows = torch.gather(mask, 2, q_block.expand(*lead, -1)[..., None].expand(*lead, -1, mask.shape[-1]))
-        pairs = torch.gather(rows, 3, k_block.expand(*lead, -1)[:, :, None, :].expand(*lead, self.q_len, -1))
-        if self.key_lengths is not None:
-            positions = torch.arange(self.k_len, device=self.device)
-            pairs = pairs & (positions < self.key_lengths[:, None, None, None])
-        if self.q_order is not None:
-            inverse = self.q_order.argsort(-1).expand(*lead, -1)
-            pairs = torch.gather(pairs, 2, inverse[..., None].expand_as(pairs))
-        if self.k_order is not None:
-            inverse = self.k_order.argsort(-1).expand(*lead, -1)
-            pairs = torch.gather(pairs, 3, inverse[:, :, None, :].expand_as(pairs))
-        return pairs
+        block = self.q_block_of_token.expand(*lead, -1)[..., rows]
+        return mask.gather(2, block[..., None].expand(-1, -1, -1, mask.shape[-1]))
 
     def validate(self) -> BlockPlan:
         """Check what the constructor cannot without reading values (synchronises a GPU).
@@ -253,7 +270,12 @@ def _edges(length: int, block: int, starts: Tensor | None, device: torch.device)
     return torch.arange(0, length + block, block, device=device).clamp_(max=length)[None, None]
 
 
-def _block_of(edges: Tensor, length: int) -> Tensor:
-    """``[b, h, length]``: block that each position belongs to (empty blocks own nothing)."""
+def _block_of_token(edges: Tensor, order: Tensor | None, length: int) -> Tensor:
+    """``[b, h, length]``: block that each token belongs to (empty blocks own nothing)."""
     positions = torch.arange(length, device=edges.device).expand(*edges.shape[:2], -1).contiguous()
-    return torch.searchsorted(edges[..., 1:].contiguous(), positions, right=True)
+    block = torch.searchsorted(edges[..., 1:].contiguous(), positions, right=True)
+    if order is None:
+        return block
+    b, h = (max(x, y) for x, y in zip(block.shape[:2], order.shape[:2], strict=True))
+    order, block = order.expand(b, h, -1), block.expand(b, h, -1)
+    return torch.empty_like(order).scatter_(-1, order, block)

@@ -152,21 +152,22 @@ def require(
         raise UsageError(f"{name} must be {expected}, got {value!r}")
 
 
-def require_budget(density: float | None, top_p: float | None, default: float) -> float | None:
-    """Check the two ways to say how much a method keeps; returns the density, ``default`` if neither is given.
+def require_budget(default: float, **budgets: float | None) -> float | None:
+    """Check the ways to say how much a method keeps; returns ``density``, ``default`` if no budget is given.
 
     Raises:
-        UsageError: both are given, or one is not in (0, 1].
+        UsageError: more than one is given, or one is not in (0, 1].
 
     """
-    if density is not None and top_p is not None:
-        raise UsageError(f"give density or top_p, not both; got density={density} and top_p={top_p}")
-    for name, value in (("density", density), ("top_p", top_p)):
-        if value is not None:
-            require(name, value, (int, float), low=0, high=1)
-            if value == 0:
-                raise UsageError(f"{name} must be above 0, got {value!r}")
-    return default if density is None and top_p is None else density
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) > 1:
+        came = " and ".join(f"{name}={value}" for name, value in given.items())
+        raise UsageError(f"give only one of {', '.join(budgets)}; got {came}")
+    for name, value in given.items():
+        require(name, value, (int, float), low=0, high=1)
+        if value == 0:
+            raise UsageError(f"{name} must be above 0, got {value!r}")
+    return budgets["density"] if given else default
 
 
 def require_choice(name: str, value: Any, choices: Iterable[Any]) -> None:

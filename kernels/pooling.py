@@ -51,17 +51,16 @@ def _sums(x: Tensor, plan: BlockPlan, work: torch.dtype) -> Tensor:
 
 def _block_of_token(plan: BlockPlan) -> Tensor:
     """``[b, h, Sk]`` int64: block of every key token; Nk for keys that may not be read."""
-    edges = plan.k_edges
-    positions = torch.arange(plan.k_len, device=plan.device).expand(*edges.shape[:2], -1).contiguous()
-    owner = torch.searchsorted(edges[..., 1:].contiguous(), positions, right=True)
-    if plan.key_lengths is not None:
-        owner = owner.masked_fill(positions >= plan.key_lengths[:, None, None], plan.num_k_blocks)
-    if plan.k_order is None:
+    owner = plan.k_block_of_token
+    if plan.key_lengths is None:
         return owner
-    lead = torch.broadcast_shapes(owner.shape, plan.k_order.shape)
-    return torch.empty(lead, dtype=owner.dtype, device=owner.device).scatter_(
-        -1, plan.k_order.expand(lead), owner.expand(lead)
-    )
+    hidden = (torch.arange(plan.k_len, device=plan.device) >= plan.key_lengths[:, None])[:, None]
+    if plan.k_order is not None:
+        lead = (plan.batch, plan.k_order.shape[1])
+        hidden = torch.empty(*lead, plan.k_len, dtype=torch.bool, device=plan.device).scatter_(
+            -1, plan.k_order.expand(*lead, -1), hidden.expand(*lead, -1)
+        )
+    return owner.where(~hidden, plan.num_k_blocks)
 
 
 def segment_sums(x: Tensor, labels: Tensor, count: int, work: torch.dtype = torch.float32) -> Tensor:

@@ -157,9 +157,48 @@ def test_equal_tokens_fall_into_one_cluster():
     torch.testing.assert_close(dsattn.attend(q, k, v, made), dense((q, k, v)))
 
 
+@pytest.mark.parametrize("target", [0.02, 0.1, 0.3])
+def test_a_target_error_is_met_by_every_head(target):
+    """Judged on all rows, not on the sampled ones. Heads 0 and 1 see their own of 12 groups, head 2 is noise."""
+    grid = VideoGrid(4, 12, 12, text=9)
+    q, k, v = tensors(grid, heads=3)
+    group = torch.randint(12, (grid.tokens,), generator=torch.Generator().manual_seed(0))
+    codes = 5 * torch.nn.functional.one_hot(group, 32).float()[:, None]
+    q[0, :, :2], k[0, :, :2] = codes + 0.1 * q[0, :, :2], codes + 0.1 * k[0, :, :2]
+    made = plan(grid, (q, k, v), target_error=target, rows=256, q_clusters=36, k_clusters=48)
+    out, exact = dsattn.attend(q, k, v, made), dense((q, k, v))
+    errors = ((out - exact).square().sum((1, 3)) / exact.square().sum((1, 3))).sqrt()
+    assert bool((errors <= 1.25 * target).all()), errors
+    assert float(made.density[0, :2].max()) < 0.5 < float(made.density[0, 2])
+
+
+def test_a_target_error_follows_drift_rung_by_rung():
+    grid = GRIDS[0]
+    q, k, v = tensors(grid)
+    engine = dsattn.Engine("semantic", target_error=0.1, rows=200)
+    entry = None
+    densities = []
+    for step, factor in enumerate((0.1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.1, 0.1)):
+        engine(q * factor, k, v, Call(0, step, grid))
+        entry = engine.state.entries["transformer", 0, "cond"]
+        densities.append(float(entry.plan.density.mean()))
+    fresh = float(plan(grid, (q, k, v), target_error=0.1, rows=200).density.mean())
+    assert densities[0] < densities[1] < densities[2] <= densities[8]
+    assert densities[8] == pytest.approx(fresh, rel=0.5)
+    assert densities[-1] < densities[8]
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"density": 0.0}, {"density": 0.1, "top_p": 0.9}, {"q_clusters": -1}, {"iterations": 0}, {"tail": "linear"}],
+    [
+        {"density": 0.0},
+        {"density": 0.1, "top_p": 0.9},
+        {"target_error": 2.0},
+        {"target_error": 0.1, "top_p": 0.9},
+        {"q_clusters": -1},
+        {"iterations": 0},
+        {"tail": "linear"},
+    ],
 )
 def test_bad_options_are_named(options):
     with pytest.raises(dsattn.UsageError, match=next(iter(options))):

@@ -5,7 +5,8 @@ import torch
 
 import dsattn
 from dsattn.grid import Call, VideoGrid
-from dsattn.methods.spatial_temporal import SpatialTemporalConfig, _bands, sample_rows
+from dsattn.methods.estimate import sample_rows
+from dsattn.methods.spatial_temporal import SpatialTemporalConfig, _bands
 
 GRIDS = [
     VideoGrid(5, 9, 11),

@@ -19,6 +19,7 @@ from dsattn.config import require, require_budget, require_choice
 from dsattn.grid import Call, VideoGrid
 from dsattn.kernels.kmeans import Clusters, first_centroids, kmeans
 from dsattn.methods.base import Memory, Method
+from dsattn.methods.estimate import RowSample, fit_density, sample_rows
 
 # Tile of text and prefix tokens, and the tile that kernels should use within clusters.
 TILE = 64
@@ -29,24 +30,29 @@ K_TOKENS, K_MOST = 24, 1000
 
 @dataclass(frozen=True)
 class SemanticConfig:
-    """Options of ``semantic``; ``density`` and ``top_p`` exclude each other.
+    """Options of ``semantic``; ``density``, ``top_p`` and ``target_error`` exclude each other.
 
     Args:
         density: share of the keys that every query cluster reads exactly, in (0, 1], text and prefix included;
-            0.1 if neither is given.
+            0.1 if no budget is given.
         top_p: keep the best key clusters until their share of the estimated softmax mass reaches ``top_p``, in
             (0, 1]; the cluster that crosses the mark is kept.
+        target_error: keep as little, head by head, as brings the relative L2 error of the output down to this, in
+            (0, 1], estimated on ``rows`` sampled queries when a plan is made.
+        rows: sampled queries for ``target_error``; at least 1.
         q_clusters, k_clusters: clusters per head; 0 is one per 72 queries (at most 300) and one per 24 keys (at
             most 1000).
         first_iterations: k-means iterations of the first plan of a run.
         iterations: k-means iterations of later plans, which start from the last centroids.
         tail: what skipped clusters contribute, ``"pooled"`` or ``"none"``.
-        seed: draws the tokens that are the first centroids.
+        seed: draws the tokens that are the first centroids, and the sampled queries.
 
     """
 
     density: float | None = None
     top_p: float | None = None
+    target_error: float | None = None
+    rows: int = 64
     q_clusters: int = 0
     k_clusters: int = 0
     first_iterations: int = 4
@@ -55,7 +61,9 @@ class SemanticConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "density", require_budget(self.density, self.top_p, default=0.1))
+        budget = require_budget(0.1, density=self.density, top_p=self.top_p, target_error=self.target_error)
+        object.__setattr__(self, "density", budget)
+        require("rows", self.rows, int, low=1)
         require("q_clusters", self.q_clusters, int, low=0)
         require("k_clusters", self.k_clusters, int, low=0)
         require("first_iterations", self.first_iterations, int, low=1)
@@ -84,23 +92,35 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, me
     # Empty clusters have a mass of zero; left in the maximum, a stale centroid could push all others to zero.
     logits = logits.masked_fill(k_side.sizes[:, :, None] == 0, -torch.inf)
     mass_per_key = torch.softmax(logits + sizes.log()[:, :, None], -1) / sizes.clamp(min=1)[:, :, None]
-    keep = _select(mass_per_key, k_side.sizes, length - grid.video_tokens, length, config)
-    # Exact segments are rows and columns behind the clusters.
-    keep = torch.nn.functional.pad(keep, (0, exact, 0, exact), value=True)
-    return BlockPlan.from_mask(
-        keep,
-        length,
-        length,
-        batch=batch,
-        heads=heads,
-        block_q=TILE,
-        block_k=TILE,
-        q_order=q_order,
-        k_order=k_order,
-        q_starts=q_starts,
-        k_starts=k_starts,
-        tail=config.tail,
-    )
+    ranking = _Ranking.of(mass_per_key, k_side.sizes, length, length - grid.video_tokens)
+
+    def build(chosen: Tensor) -> BlockPlan:
+        # Exact segments are rows and columns behind the clusters.
+        keep = torch.nn.functional.pad(ranking.keep(chosen), (0, exact, 0, exact), value=True)
+        return BlockPlan.from_mask(
+            keep,
+            length,
+            length,
+            batch=batch,
+            heads=heads,
+            block_q=TILE,
+            block_k=TILE,
+            q_order=q_order,
+            k_order=k_order,
+            q_starts=q_starts,
+            k_starts=k_starts,
+            tail=config.tail,
+        )
+
+    if config.target_error is not None:
+        sample = RowSample.of(q, k, v, sample_rows(grid, config.rows, config.seed).to(q.device))
+        made, memory["rung"] = fit_density(
+            lambda density: build(ranking.within(density)), sample, config.target_error, memory.get("rung")
+        )
+        return made
+    if config.density is not None:
+        return build(ranking.within(torch.full((batch, heads), config.density, device=q.device)))
+    return build(ranking.up_to(config.top_p or 1.0))
 
 
 def _cluster(
@@ -138,27 +158,40 @@ def _lay_out(clusters: Clusters, grid: VideoGrid) -> tuple[Tensor, Tensor, int]:
     return order, torch.cat([starts, exact], -1).to(torch.int32), len(ends)
 
 
-def _select(mass_per_key: Tensor, sizes: Tensor, exact: int, length: int, config: SemanticConfig) -> Tensor:
-    """``[B, H, Cq, Ck]`` bool: the key clusters that every query cluster reads; at least the best one.
+@dataclass(frozen=True)
+class _Ranking:
+    """Key clusters of every query cluster, best first, and what they cost and hold.
 
-    Args:
-        mass_per_key: ``[B, H, Cq, Ck]`` estimated softmax mass of one key.
-        sizes: ``[B, H, Ck]`` keys per cluster.
-        exact: keys that are read anyway and use up budget.
-        length: all keys.
-
+    order: ``[B, H, Cq, Ck]`` int64; keys: the same, keys per ranked cluster; share: the same, its estimated softmax
+    mass. length, exact: all keys, and those that are read anyway and use up budget.
     """
-    ranked = mass_per_key.sort(dim=-1, descending=True, stable=True).indices
-    keys = sizes[:, :, None].expand_as(ranked).gather(-1, ranked)
-    if config.density is not None:
-        # The cluster on the mark is kept if more than half of it fits.
-        chosen = keys.cumsum(-1) - keys / 2 <= config.density * length - exact
-    else:
-        share = mass_per_key.gather(-1, ranked) * keys
+
+    order: Tensor
+    keys: Tensor
+    share: Tensor
+    length: int
+    exact: int
+
+    @classmethod
+    def of(cls, mass_per_key: Tensor, sizes: Tensor, length: int, exact: int) -> _Ranking:
+        best, order = mass_per_key.sort(dim=-1, descending=True, stable=True)
+        keys = sizes[:, :, None].expand_as(order).gather(-1, order)
+        return cls(order, keys, best * keys, length, exact)
+
+    def within(self, density: Tensor) -> Tensor:
+        """Ranks that fit a share ``[B, H]`` of the keys; the cluster on the mark fits if more than half of it does."""
+        return self.keys.cumsum(-1) - self.keys / 2 <= density[..., None, None] * self.length - self.exact
+
+    def up_to(self, top_p: float) -> Tensor:
+        """Ranks that hold a share of the mass, the one that crosses the mark included."""
         # Rounding may leave a cumulated share just above top_p = 1: keep all then.
-        chosen = (share.cumsum(-1) - share < (config.top_p or 0)) | (config.top_p == 1)
-    chosen[..., 0] = True
-    return torch.zeros_like(chosen).scatter_(-1, ranked, chosen)
+        return (self.share.cumsum(-1) - self.share < top_p) | (top_p == 1)
+
+    def keep(self, ranks: Tensor) -> Tensor:
+        """``[B, H, Cq, Ck]`` bool over clusters from a choice of ranks; the best cluster is always kept."""
+        ranks = ranks.clone()
+        ranks[..., 0] = True
+        return torch.zeros_like(ranks).scatter_(-1, self.order, ranks)
 
 
 METHOD = Method(

@@ -19,6 +19,7 @@ from dsattn.block_plan import TAILS, BlockPlan, Tail
 from dsattn.config import require, require_budget, require_choice
 from dsattn.grid import Call, VideoGrid
 from dsattn.methods.base import Memory, Method, keep_exact_segments
+from dsattn.methods.estimate import sample_rows
 
 BLOCKS = (16, 32, 64, 128)
 
@@ -46,7 +47,7 @@ class SpatialTemporalConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_budget(self.density, None, default=0.3)
+        require_budget(0.3, density=self.density)
         require_choice("block", self.block, BLOCKS)
         require("sink", self.sink, bool)
         require("rows", self.rows, int, low=1)
@@ -110,13 +111,6 @@ def classify(
         approximate = logits.masked_fill(~band.pairs(rows, config.block), -torch.inf).softmax(-1) @ values
         errors.append((approximate - exact).square().mean((2, 3)))
     return torch.stack(errors).argmin(0)
-
-
-@lru_cache(maxsize=64)
-def sample_rows(grid: VideoGrid, count: int, seed: int) -> Tensor:
-    """``[count]`` int64: different video tokens (fewer where there are fewer), spread over the whole clip by chance."""
-    drawn = torch.randperm(grid.video_tokens, generator=torch.Generator().manual_seed(seed))[:count]
-    return drawn.sort().values + grid.video_start
 
 
 @lru_cache(maxsize=16)

@@ -50,7 +50,7 @@ class TopkConfig:
     scorer: ScorerName = "mean"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "density", require_budget(self.density, self.top_p, default=0.15))
+        object.__setattr__(self, "density", require_budget(0.15, density=self.density, top_p=self.top_p))
         require_choice("block_q", self.block_q, BLOCKS)
         require_choice("block_k", self.block_k, BLOCKS)
         require_choice("tail", self.tail, TAILS)

@@ -1,0 +1,98 @@
+"""How far a plan's output is from dense attention, estimated on a few query rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from dsattn.block_plan import BlockPlan
+from dsattn.grid import VideoGrid
+from dsattn.kernels.pooling import pool_blocks
+
+
+@lru_cache(maxsize=64)
+def sample_rows(grid: VideoGrid, count: int, seed: int) -> Tensor:
+    """``[count]`` int64: different video tokens (fewer where there are fewer), drawn over the whole clip."""
+    drawn = torch.randperm(grid.video_tokens, generator=torch.Generator().manual_seed(seed))[:count]
+    return drawn.sort().values + grid.video_start
+
+
+@dataclass(frozen=True)
+class RowSample:
+    """Exact attention of R sampled queries, computed once and compared with any number of plans.
+
+    q, k, v: ``[B, R, H, D]``, ``[B, S, H, D]`` twice; logits ``[B, H, R, S]`` and exact ``[B, H, R, D]`` in fp32.
+    """
+
+    rows: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    logits: Tensor
+    exact: Tensor
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> RowSample:
+        """Sample of one attention call; ``rows [R]`` are query tokens."""
+        chosen = q[:, rows].float().transpose(1, 2)
+        keys, values = k.float().transpose(1, 2), v.float().transpose(1, 2)
+        logits = chosen @ keys.mT * q.shape[-1] ** -0.5
+        return cls(rows, chosen, k, v, logits, logits.softmax(-1) @ values)
+
+    def error(self, plan: BlockPlan) -> Tensor:
+        """``[B, H]`` fp32: relative L2 error of the plan's output on the sampled rows, without running it."""
+        logits = self.logits.masked_fill(~plan.rows_to_dense(self.rows), -torch.inf)
+        values = self.v.float().transpose(1, 2)
+        if plan.tail == "pooled":
+            k_pool, v_pool, log_count = pool_blocks(self.k, self.v, plan)
+            tail = self.q @ k_pool.mT * self.q.shape[-1] ** -0.5 + log_count[:, :, None]
+            logits = torch.cat([logits, tail.masked_fill(plan.kept_blocks(self.rows), -torch.inf)], -1)
+            values = torch.cat([values, v_pool], 2)
+        return relative_error(logits.softmax(-1) @ values, self.exact)
+
+
+def relative_error(approximate: Tensor, exact: Tensor) -> Tensor:
+    """``[B, H]``: L2 norm of the difference over that of ``exact``, both ``[B, H, R, D]``; 0 where both vanish."""
+    difference, norm = ((x.square().sum((2, 3))).sqrt() for x in (approximate - exact, exact))
+    return torch.where(difference == 0, 0.0, difference / norm)
+
+
+# Shares of keys that a target error chooses from; neighbours are a factor of about 1.4 apart.
+LADDER = (0.015, 0.02, 0.03, 0.042, 0.06, 0.085, 0.12, 0.17, 0.24, 0.34, 0.48, 1.0)
+
+
+def fit_density(
+    build: Callable[[Tensor], BlockPlan], sample: RowSample, target: float, rung: Tensor | None = None
+) -> tuple[BlockPlan, Tensor]:
+    """The sparsest plan on ``LADDER`` that meets a target error, head by head, without host synchronisation.
+
+    Args:
+        build: makes the plan for densities ``[B, H]``; more density must not keep less.
+        sample: judges plans.
+        target: relative L2 error of the output.
+        rung: ``[B, H]`` int64, what an earlier fit chose: then each head moves by at most one rung, at the price of
+            two estimates instead of a full search.
+
+    Returns:
+        The plan and the chosen rungs ``[B, H]``.
+
+    """
+    ladder = torch.tensor(LADDER, device=sample.exact.device)
+    top = len(LADDER) - 1
+    if rung is None:
+        low = torch.zeros(sample.exact.shape[:2], dtype=torch.int64, device=ladder.device)
+        high = torch.full_like(low, top)
+        for _ in range(top.bit_length()):
+            middle = (low + high) // 2
+            good = sample.error(build(ladder[middle])) <= target
+            low, high = torch.where(good, low, (middle + 1).clamp(max=top)), torch.where(good, middle, high)
+        return build(ladder[high]), high
+    up = (sample.error(build(ladder[rung])) > target).long()
+    below = (rung - 1).clamp(min=0)
+    down = (sample.error(build(ladder[below])) <= target).long() * (rung > 0)
+    rung = (rung + up - down * (1 - up)).clamp(max=top)
+    return build(ladder[rung]), rung
