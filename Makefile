@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 DEMO_PROMPT ?= a large red circle moves right over a gradient background
-DEMO_STEPS ?= 12
-DEMO_REPEATS ?= 2
+DEMO_STEPS ?= 20
+DEMO_REPEATS ?= 1
 DEMO_OUT ?= out/demo
 
 .PHONY: install demo test lint types format check aot clean

@@ -19,7 +19,7 @@ from dsattn.kernels.pooling import pool_blocks
 
 # Elements of one chunk's gathered keys (or its logits): on a CPU keys and values should stay in the cache between
 # the gather and the product, elsewhere the number only bounds memory.
-CHUNK_ELEMENTS = {"cpu": 1 << 20, "other": 1 << 24}
+CHUNK_ELEMENTS = {"cpu": 1 << 19, "other": 1 << 24}
 # Key positions that are listed at a time; bounds the memory of the lists.
 LISTED_KEYS = 1 << 22
 # Query blocks of one chunk are padded to its largest; a chunk ends where they are smaller than this share of it.
@@ -38,12 +38,13 @@ def block_sparse_attention(
     rows = _Rows(plan)
     # Row (b * S + token) * H + h of these matrices is one token of one head.
     q_rows, k_rows, v_rows = (x.reshape(-1, x.shape[-1]) for x in (q, k, v))
-    first_pooled, log_count = len(k_rows), None
+    first_pooled, tail_bias = len(k_rows), None
     if plan.tail == "pooled":
         k_pool, v_pool, log_count = pool_blocks(k, v, plan)
         k_rows = torch.cat([k_rows.to(work), k_pool.flatten(0, 2)])
         v_rows = torch.cat([v_rows.to(work), v_pool.flatten(0, 2)])
-        log_count = log_count.flatten(0, 1).to(work)
+        tail_bias = log_count.to(work).flatten(0, 1)[:, None].masked_fill(rows.kept, -torch.inf).flatten(0, 1)
+    blocks = torch.arange(plan.num_k_blocks, device=q.device) + first_pooled
     # Empty slots of a chunk write to one extra row that is cut off again.
     out = torch.empty(len(q_rows) + 1, v.shape[-1], dtype=q.dtype, device=q.device)
     lse = torch.empty(len(q_rows) + 1, dtype=work, device=q.device) if need_lse else None
@@ -52,14 +53,13 @@ def block_sparse_attention(
     for chunk in rows.chunks(dim, limit):
         keys = chunk.keys
         bias = torch.zeros(keys.shape, dtype=work, device=q.device).masked_fill_(~chunk.key_exists, -torch.inf)
-        if log_count is not None:
-            pooled = chunk.head[:, None] * plan.num_k_blocks + torch.arange(plan.num_k_blocks, device=q.device)
-            keys = torch.cat([keys, pooled + first_pooled], 1)
-            bias = torch.cat([bias, log_count[chunk.head].masked_fill(chunk.kept, -torch.inf)], 1)
-        shape = (len(keys), -1, dim)
-        k_chunk = k_rows.index_select(0, keys.flatten()).to(work).view(shape)
-        v_chunk = v_rows.index_select(0, keys.flatten()).to(work).view(len(keys), -1, v.shape[-1])
-        q_chunk = q_rows.index_select(0, chunk.queries.flatten()).to(work).view(shape)
+        if tail_bias is not None:
+            keys = torch.cat([keys, (chunk.head * plan.num_k_blocks)[:, None] + blocks], 1)
+            bias = torch.cat([bias, tail_bias[chunk.rows]], 1)
+        k_chunk, v_chunk, q_chunk = (
+            x.index_select(0, index.flatten()).to(work).view(len(index), -1, x.shape[-1])
+            for x, index in ((k_rows, keys), (v_rows, keys), (q_rows, chunk.queries))
+        )
         result, result_lse = _softmax_attention(q_chunk, k_chunk, v_chunk, bias[:, None], scale, need_lse)
         target = chunk.queries.masked_fill(~chunk.query_exists, len(q_rows)).flatten()
         out = out.index_copy_(0, target, result.flatten(0, 1).to(q.dtype))
@@ -73,32 +73,32 @@ def _softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, need_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Q ``[R, M, D]``, k and v ``[R, T, D]``, bias ``[R, 1, T]``."""
-    if not need_lse:
+    if not need_lse and q.device.type != "cpu":
         # A fourth dimension and a full-size mask keep SDPA on its fused kernel.
         mask = bias[:, None].expand(-1, 1, q.shape[1], -1)
         out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=mask, scale=scale)
         return out[:, 0], None
-    logits = q @ k.transpose(-1, -2) * scale + bias
-    lse = logits.logsumexp(-1)
-    return (logits - lse[..., None]).exp_() @ v, lse
+    # On a CPU the logits of a chunk stay in the cache, and two plain products beat SDPA, which cuts queries into
+    # slices of 32.
+    logits = torch.baddbmm(bias.expand(-1, q.shape[1], -1), q, k.mT, alpha=scale)
+    return torch.softmax(logits, -1) @ v, logits.logsumexp(-1) if need_lse else None
 
 
 @dataclass(frozen=True)
 class _Chunk:
     """R plan rows (a row is a query block of one head), padded to M queries and T keys.
 
-    head: ``[R]``, b * H + h.
+    rows, head: ``[R]``, (b * H + h) * Nq + block, and b * H + h.
     queries, query_exists: ``[R, M]``, index into the matrix of all queries, and whether the slot is used.
     keys, key_exists: ``[R, T]``, the same for the kept keys.
-    kept: ``[R, Nk]`` bool.
     """
 
+    rows: Tensor
     head: Tensor
     queries: Tensor
     query_exists: Tensor
     keys: Tensor
     key_exists: Tensor
-    kept: Tensor
 
 
 class _Rows:
@@ -106,18 +106,24 @@ class _Rows:
 
     def __init__(self, plan: BlockPlan) -> None:
         self.plan = plan
-        lead = (plan.batch, plan.heads)
 
         def flat(x: Tensor) -> Tensor:
-            return x.expand(*lead, *x.shape[2:]).flatten(0, 1)
+            return x.expand(plan.batch, plan.heads, *x.shape[2:]).flatten(0, 1)
 
         self.kept = flat(plan.block_mask)
         self.q_edges, self.q_sizes, self.k_edges, self.k_sizes = map(
             flat, (plan.q_edges, plan.q_sizes, plan.k_edges, plan.k_sizes)
         )
-        self.q_order = None if plan.q_order is None else flat(plan.q_order)
-        self.k_order = None if plan.k_order is None else flat(plan.k_order)
+        self.queries = self._matrix_rows(plan.q_order, plan.q_len)
+        self.keys = self._matrix_rows(plan.k_order, plan.k_len)
         self.keys_per_row = (self.kept * self.k_sizes[:, None]).sum(-1)
+
+    def _matrix_rows(self, order: Tensor | None, length: int) -> Tensor:
+        """``[B * H * S]`` int64: row of the token matrix, ``(b * S + token) * H + h``, at every position of a head."""
+        batch, heads, device = self.plan.batch, self.plan.heads, self.plan.device
+        token = torch.arange(length, device=device) if order is None else order
+        token = token + torch.arange(batch, device=device)[:, None, None] * length
+        return (token * heads + torch.arange(heads, device=device)[:, None]).flatten()
 
     def chunks(self, dim: int, limit: int) -> Iterator[_Chunk]:
         """Chunks of rows alike in both counts, so that little is padding; empty query blocks are left out."""
@@ -135,24 +141,17 @@ class _Rows:
             stop = start + group
             while start < stop:
                 end = _chunk_end([column[start:stop] for column in table], tail, dim, limit) + start
-                yield self._chunk(rows[start:end], lists, start - (stop - group))
+                yield self._chunk(rows[start:end], lists, start - (stop - group), max(table[1][start:end]))
                 start = end
 
-    def _chunk(self, rows: Tensor, lists: _KeyLists, first: int) -> _Chunk:
+    def _chunk(self, rows: Tensor, lists: _KeyLists, first: int, most_queries: int) -> _Chunk:
         head, block = rows // self.plan.num_q_blocks, rows % self.plan.num_q_blocks
-        size = self.q_sizes[head, block]
-        slot = torch.arange(int(size.max()), device=rows.device)
-        exists = slot < size[:, None]
-        queries = self.token_rows(
-            head[:, None], (self.q_edges[head, block][:, None] + slot).where(exists, 0), self.q_order, self.plan.q_len
-        )
+        slot = torch.arange(most_queries, device=rows.device)
+        exists = slot < self.q_sizes[head, block][:, None]
+        position = (self.q_edges[head, block] + head * self.plan.q_len)[:, None] + slot
+        queries = self.queries[position.masked_fill(~exists, 0)]
         keys, key_exists = lists.padded(first, len(rows))
-        return _Chunk(head, queries, exists, keys, key_exists, self.kept[head, block])
-
-    def token_rows(self, head: Tensor, position: Tensor, order: Tensor | None, length: int) -> Tensor:
-        """Index into the matrix of all tokens and heads, ``(b * S + token) * H + h``."""
-        token = position if order is None else order[head, position]
-        return ((head // self.plan.heads) * length + token) * self.plan.heads + head % self.plan.heads
+        return _Chunk(rows, head, queries, exists, keys, key_exists)
 
 
 class _KeyLists:
@@ -166,11 +165,9 @@ class _KeyLists:
         self.counts = rows.keys_per_row[head, block]
         self.starts = self.counts.cumsum(0) - self.counts
         # Position p of a block's run stands at (start of the run in the list) + p - (first position of the block).
-        shift = rows.k_edges[owner, key_block] - (sizes.cumsum(0) - sizes)
+        shift = rows.k_edges[owner, key_block] + owner * rows.plan.k_len - (sizes.cumsum(0) - sizes)
         listed = torch.arange(int(self.counts.sum()), device=which.device)
-        position = torch.repeat_interleave(shift, sizes, output_size=len(listed)) + listed
-        heads = torch.repeat_interleave(head, self.counts, output_size=len(listed))
-        self.rows = rows.token_rows(heads, position, rows.k_order, rows.plan.k_len)
+        self.rows = rows.keys[torch.repeat_interleave(shift, sizes, output_size=len(listed)) + listed]
 
     def padded(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Lists ``first .. first + count`` side by side, ``[count, T]``, and which slots are used."""

@@ -82,9 +82,10 @@ def first_centroids(x: Tensor, count: int, seed: int) -> Tensor:
         seed: seeds the draw.
 
     """
-    return x[:, _draw(x.shape[1], count, seed).to(x.device)].transpose(1, 2).float()
+    return x[:, draw_tokens(x.shape[1], count, seed).to(x.device)].transpose(1, 2).float()
 
 
 @lru_cache(maxsize=64)
-def _draw(length: int, count: int, seed: int) -> Tensor:
+def draw_tokens(length: int, count: int, seed: int) -> Tensor:
+    """``[count]`` int64 on the CPU: different tokens out of ``length``, drawn by the seed."""
     return torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:count]

@@ -17,15 +17,17 @@ from torch import Tensor
 from dsattn.block_plan import TAILS, BlockPlan, Tail
 from dsattn.config import require, require_budget, require_choice
 from dsattn.grid import Call, VideoGrid
-from dsattn.kernels.kmeans import Clusters, first_centroids, kmeans
+from dsattn.kernels.kmeans import Clusters, draw_tokens, first_centroids, kmeans
 from dsattn.methods.base import Memory, Method
 from dsattn.methods.estimate import RowSample, fit_density, sample_rows
 
 # Tile of text and prefix tokens, and the tile that kernels should use within clusters.
 TILE = 64
+# The first iterations see one token in so many.
+FIRST_SHARE = 4
 # Automatic cluster counts: tokens per cluster, and the most clusters (SVG2's for 75,600 tokens).
-Q_TOKENS, Q_MOST = 72, 300
-K_TOKENS, K_MOST = 24, 1000
+Q_TOKENS, Q_MOST = 40, 300
+K_TOKENS, K_MOST = 36, 1000
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,15 @@ class SemanticConfig:
 
     Args:
         density: share of the keys that every query cluster reads exactly, in (0, 1], text and prefix included;
-            0.1 if no budget is given.
+            0.07 if no budget is given.
         top_p: keep the best key clusters until their share of the estimated softmax mass reaches ``top_p``, in
             (0, 1]; the cluster that crosses the mark is kept.
         target_error: keep as little, head by head, as brings the relative L2 error of the output down to this, in
             (0, 1], estimated on ``rows`` sampled queries when a plan is made.
         rows: sampled queries for ``target_error``; at least 1.
-        q_clusters, k_clusters: clusters per head; 0 is one per 72 queries (at most 300) and one per 24 keys (at
+        q_clusters, k_clusters: clusters per head; 0 is one per 40 queries (at most 300) and one per 36 keys (at
             most 1000).
-        first_iterations: k-means iterations of the first plan of a run.
+        first_iterations: k-means iterations of the first plan of a run; all but the last on a quarter of the tokens.
         iterations: k-means iterations of later plans, which start from the last centroids.
         tail: what skipped clusters contribute, ``"pooled"`` or ``"none"``.
         seed: draws the tokens that are the first centroids, and the sampled queries.
@@ -55,13 +57,13 @@ class SemanticConfig:
     rows: int = 64
     q_clusters: int = 0
     k_clusters: int = 0
-    first_iterations: int = 4
+    first_iterations: int = 8
     iterations: int = 1
     tail: Tail = "pooled"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        budget = require_budget(0.1, density=self.density, top_p=self.top_p, target_error=self.target_error)
+        budget = require_budget(0.07, density=self.density, top_p=self.top_p, target_error=self.target_error)
         object.__setattr__(self, "density", budget)
         require("rows", self.rows, int, low=1)
         require("q_clusters", self.q_clusters, int, low=0)
@@ -131,7 +133,11 @@ def _cluster(
     count = min(count or max(1, min(most, x.shape[1] // tokens_each)), x.shape[1])
     centroids = memory.get(name)
     if centroids is None:
-        clusters = kmeans(x, first_centroids(x, count, config.seed), config.first_iterations)
+        centroids = first_centroids(x, count, config.seed)
+        if config.first_iterations > 1:
+            part = x[:, draw_tokens(x.shape[1], max(count, x.shape[1] // FIRST_SHARE), config.seed + 1).to(x.device)]
+            centroids = kmeans(part, centroids, config.first_iterations - 1).centroids
+        clusters = kmeans(x, centroids, 1)
     else:
         clusters = kmeans(x, centroids, config.iterations)
     memory[name] = clusters.centroids
