@@ -37,12 +37,12 @@ def block_sparse_attention(
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows = _Rows(plan)
     # Row (b * S + token) * H + h of these matrices is one token of one head.
-    q_rows, k_rows, v_rows = (x.reshape(-1, x.shape[-1]) for x in (q, k, v))
-    first_pooled, tail_bias = len(k_rows), None
+    # Key and value stand in one row: one gather of twice the length instead of two.
+    q_rows, kv_rows = q.reshape(-1, dim), torch.cat([k, v], -1).view(-1, dim + v.shape[-1])
+    first_pooled, tail_bias = len(kv_rows), None
     if plan.tail == "pooled":
         k_pool, v_pool, log_count = pool_blocks(k, v, plan)
-        k_rows = torch.cat([k_rows.to(work), k_pool.flatten(0, 2)])
-        v_rows = torch.cat([v_rows.to(work), v_pool.flatten(0, 2)])
+        kv_rows = torch.cat([kv_rows.to(work), torch.cat([k_pool, v_pool], -1).flatten(0, 2)])
         tail_bias = log_count.to(work).flatten(0, 1)[:, None].masked_fill(rows.kept, -torch.inf).flatten(0, 1)
     blocks = torch.arange(plan.num_k_blocks, device=q.device) + first_pooled
     # Empty slots of a chunk write to one extra row that is cut off again.
@@ -56,10 +56,11 @@ def block_sparse_attention(
         if tail_bias is not None:
             keys = torch.cat([keys, (chunk.head * plan.num_k_blocks)[:, None] + blocks], 1)
             bias = torch.cat([bias, tail_bias[chunk.rows]], 1)
-        k_chunk, v_chunk, q_chunk = (
+        kv_chunk, q_chunk = (
             x.index_select(0, index.flatten()).to(work).view(len(index), -1, x.shape[-1])
-            for x, index in ((k_rows, keys), (v_rows, keys), (q_rows, chunk.queries))
+            for x, index in ((kv_rows, keys), (q_rows, chunk.queries))
         )
+        k_chunk, v_chunk = kv_chunk.split([dim, v.shape[-1]], -1)
         result, result_lse = _softmax_attention(q_chunk, k_chunk, v_chunk, bias[:, None], scale, need_lse)
         target = chunk.queries.masked_fill(~chunk.query_exists, len(q_rows)).flatten()
         out = out.index_copy_(0, target, result.flatten(0, 1).to(q.dtype))
