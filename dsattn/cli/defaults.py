@@ -6,5 +6,5 @@ from typing import Any
 
 from dsattn.config import DEFAULT_METHOD
 
-DEFAULTS: dict[str, Any] = {"method": DEFAULT_METHOD, "dense_steps": 0.17, "dense_layers": "", "refresh": 3}
+DEFAULTS: dict[str, Any] = {"method": DEFAULT_METHOD, "dense_steps": 0.17, "dense_layers": "", "refresh": 4}
 FPS = 16.0

@@ -36,7 +36,7 @@ class SemanticConfig:
 
     Args:
         density: share of the keys that every query cluster reads exactly, in (0, 1], text and prefix included;
-            0.07 if no budget is given.
+            0.065 if no budget is given.
         top_p: keep the best key clusters until their share of the estimated softmax mass reaches ``top_p``, in
             (0, 1]; the cluster that crosses the mark is kept.
         target_error: keep as little, head by head, as brings the relative L2 error of the output down to this, in
@@ -57,13 +57,13 @@ class SemanticConfig:
     rows: int = 64
     q_clusters: int = 0
     k_clusters: int = 0
-    first_iterations: int = 8
+    first_iterations: int = 6
     iterations: int = 1
     tail: Tail = "pooled"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        budget = require_budget(0.07, density=self.density, top_p=self.top_p, target_error=self.target_error)
+        budget = require_budget(0.065, density=self.density, top_p=self.top_p, target_error=self.target_error)
         object.__setattr__(self, "density", budget)
         require("rows", self.rows, int, low=1)
         require("q_clusters", self.q_clusters, int, low=0)
