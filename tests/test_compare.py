@@ -233,11 +233,10 @@ def test_clock_and_memory():
     assert 0.02 <= clock.between(first, clock.mark()) < 5
     with PeakMemory(torch.device("cpu")) as small:
         pass
-    with PeakMemory(torch.device("cpu")) as large:
-        # Fresh pages: what an allocator hands out again is resident already, and the peak would not move.
-        with mmap.mmap(-1, 40 * 2**20) as pages:
-            pages[:] = b"1" * len(pages)
-            time.sleep(0.1)
+    # Fresh pages: what an allocator hands out again is resident already, and the peak would not move.
+    with PeakMemory(torch.device("cpu")) as large, mmap.mmap(-1, 40 * 2**20) as pages:
+        pages[:] = b"1" * len(pages)
+        time.sleep(0.1)
     assert large.peaks["process_rss"] - small.peaks["process_rss"] > 20 * 2**20
 
 
