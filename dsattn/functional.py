@@ -15,10 +15,12 @@ from dsattn.errors import ImplUnavailableError, UsageError
 from dsattn.grid import Call
 from dsattn.methods import METHODS, Method
 
-# Best first; what cannot run is passed over, and choose_impl says why.
+# Best first; what cannot run is passed over, and choose_impl says why. "clusters" are blocks of variable size, where
+# they have a row of their own: flex pads them to tiles.
 AUTO: dict[str, tuple[str, ...]] = {
     "cuda": ("triton", "torch"),
     "cpu": ("flex", "torch"),
+    "cpu clusters": ("torch",),
 }
 
 # Implementations take (q, k, v, plan, scale, need_lse).
@@ -112,8 +114,9 @@ def choose_impl(q: Tensor, impl: str = "auto", plan: BlockPlan | None = None) ->
         return impl, "asked for"
     passed_over: list[str] = []
     kind = q.device.type
-    if kind == "cpu" and plan is not None and (plan.q_starts is not None or plan.k_starts is not None):
-        return "torch", "best on cpu for blocks of variable size, which flex pads to tiles"
+    clusters = plan is not None and (plan.q_starts is not None or plan.k_starts is not None)
+    if clusters and f"{kind} clusters" in AUTO:
+        kind = f"{kind} clusters"
     for name in AUTO.get(kind, ("torch",)):
         reason = why_not(q, name)
         if reason is None:

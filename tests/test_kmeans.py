@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import KMeans
 
 from dsattn.kernels import kmeans as km
 from dsattn.kernels.pooling import segment_sums
@@ -18,7 +19,6 @@ def blobs(batch: int, length: int, heads: int, dim: int, centres: int, seed: int
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @pytest.mark.parametrize(("length", "count", "iterations"), [(101, 1, 1), (211, 7, 1), (211, 7, 6), (640, 33, 3)])
 def test_agrees_with_scikit_learn(length, count, iterations):
-    cluster = pytest.importorskip("sklearn.cluster")
     x = torch.randn(2, length, 3, 16, generator=torch.Generator().manual_seed(length))
     start = km.first_centroids(x, count, seed=1)
     found = km.kmeans(x, start, iterations)
@@ -28,7 +28,7 @@ def test_agrees_with_scikit_learn(length, count, iterations):
         for h in range(3):
             tokens = x[b, :, h].double().numpy()
             init = start[b, h].double().numpy()
-            oracle = cluster.KMeans(count, init=init, n_init=1, max_iter=iterations, tol=0, algorithm="lloyd")
+            oracle = KMeans(count, init=init, n_init=1, max_iter=iterations, tol=0, algorithm="lloyd")
             oracle.fit(tokens)
             np.testing.assert_allclose(found.centroids[b, h].numpy(), oracle.cluster_centers_, rtol=1e-4, atol=1e-4)
 

@@ -8,26 +8,11 @@ from dsattn.grid import Call, VideoGrid
 from dsattn.methods.estimate import sample_rows
 from dsattn.methods.spatial_temporal import SpatialTemporalConfig, _bands
 
-GRIDS = [
-    VideoGrid(5, 9, 11),
-    VideoGrid(5, 9, 11, text=19),
-    VideoGrid(4, 9, 11, text=70, text_first=True),
-    VideoGrid(4, 9, 11, prefix=30, text=5),
-    VideoGrid(1, 1, 3),
-]
-
-
-def tensors(grid: VideoGrid, batch: int = 1, heads: int = 2, dim: int = 16, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, grid.tokens, heads, dim, generator=generator) for _ in range(3)]
+from .method_inputs import GRIDS, dense, tensors
 
 
 def plan(grid: VideoGrid, qkv, **options) -> dsattn.BlockPlan:
     return dsattn.plan(*qkv, Call(0, 0, grid), method="spatial_temporal", **options).validate()
-
-
-def dense(qkv) -> torch.Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
