@@ -167,7 +167,7 @@ def require_budget(default: float, **budgets: float | None) -> float | None:
         require(name, value, (int, float), low=0, high=1)
         if value == 0:
             raise UsageError(f"{name} must be above 0, got {value!r}")
-    return budgets["density"] if given else default
+    return budgets.get("density") if given else default
 
 
 def require_choice(name: str, value: Any, choices: Iterable[Any]) -> None:

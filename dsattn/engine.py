@@ -15,7 +15,7 @@ from dsattn.errors import StrictFallbackError, UsageError
 from dsattn.functional import attend, check_qkv, choose_impl, find_method
 from dsattn.grid import Call
 from dsattn.kernels import dense as dense_kernels
-from dsattn.schedule import Decision, decide
+from dsattn.schedule import decide
 from dsattn.state import Layout, RunState
 from dsattn.stats import Kind, RunStats, timed
 
@@ -76,12 +76,20 @@ class Engine:
         check_qkv(q, k, v)
         run_dense = self._dense_attention(q, k, v, dense, key_lengths, scale)
         layout = Layout.of(q, call)
-        entry = self.state.find(call, layout)
         if self.method.name == "dense":
-            return self._run_dense(q, call, Decision("dense", "method"), run_dense)
-        decision = decide(self.config, call, entry.step if entry else None)
+            record = self.stats.add(call, q, "dense", "method", self.config.dense or "pipeline")
+            with timed(record, "attend_s", q.device, self.config.timing):
+                return run_dense()
+        entry = self.state.entry(call, layout)
+        decision = decide(self.config, call, entry.step if entry.plan else None)
         if decision.action == "dense":
-            return self._run_dense(q, call, decision, run_dense)
+            record = self.stats.add(call, q, "dense", decision.reason, self.config.dense or "pipeline")
+            if decision.last and self.method.observe is not None and q.shape[1] == k.shape[1] == call.grid.tokens:
+                with timed(record, "plan_s", q.device, self.config.timing):
+                    self.method.observe(q, k, v, call, self.method_config, entry.memory)
+                entry.step = call.step
+            with timed(record, "attend_s", q.device, self.config.timing):
+                return run_dense()
         if not q.shape[1] == k.shape[1] == call.grid.tokens:
             tokens = f"{q.shape[1]} queries and {k.shape[1]} keys"
             return self.fallback(call, f"{tokens} do not fit the grid's {call.grid.tokens} tokens", run_dense, q)
@@ -89,13 +97,11 @@ class Engine:
         # Before any work: an implementation that was named and cannot run is an error.
         choose_impl(q, self.config.impl)
         record = self.stats.add(call, q, decision.action, decision.reason, self.config.impl)
-        if entry is None or decision.action == "refresh":
-            memory = entry.memory if entry else {}
+        if entry.plan is None or decision.action == "refresh":
             with timed(record, "plan_s", q.device, self.config.timing):
-                plan = self.method.plan(q, k, v, call, self.method_config, memory)
-            self.state.store(call, plan, layout, memory)
-        else:
-            plan = entry.plan
+                entry.plan = self.method.plan(q, k, v, call, self.method_config, entry.memory)
+            entry.step = call.step
+        plan = entry.plan
         if key_lengths is not None:
             plan = plan.with_key_lengths(key_lengths.to(device=q.device, dtype=torch.int32))
         record.impl, _ = choose_impl(q, self.config.impl, plan)
@@ -136,11 +142,6 @@ class Engine:
             "plan_bytes": self.state.plan_bytes,
             **self.stats.summary(),
         }
-
-    def _run_dense(self, q: Tensor, call: Call, decision: Decision, dense: DenseAttention) -> Tensor:
-        record = self.stats.add(call, q, "dense", decision.reason, self.config.dense or "pipeline")
-        with timed(record, "attend_s", q.device, self.config.timing):
-            return dense()
 
     def _dense_attention(
         self,

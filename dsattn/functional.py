@@ -14,6 +14,7 @@ from dsattn.config import DEFAULT_METHOD, IMPLS, build, require_choice
 from dsattn.errors import ImplUnavailableError, UsageError
 from dsattn.grid import Call
 from dsattn.methods import METHODS, Method
+from dsattn.methods.base import Memory
 
 # Best first; what cannot run is passed over, and choose_impl says why. "clusters" are blocks of variable size, where
 # they have a row of their own: flex pads them to tiles.
@@ -57,7 +58,7 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, method: str = DEFAULT_METH
     check_qkv(q, k, v)
     if q.shape[1] != call.grid.tokens or k.shape[1] != call.grid.tokens:
         raise UsageError(f"q and k must have the grid's {call.grid.tokens} tokens, got {q.shape[1]} and {k.shape[1]}")
-    return chosen.plan(q, k, v, call, config, {})
+    return chosen.plan(q, k, v, call, config, Memory())
 
 
 def attend(

@@ -14,10 +14,14 @@ Action = Literal["dense", "refresh", "reuse"]
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do with one call, and why."""
+    """What to do with one call, and why.
+
+    last: a dense call in the last dense step of a layer that will be sparse afterwards.
+    """
 
     action: Action
     reason: str = ""
+    last: bool = False
 
 
 def decide(config: Config, call: Call, planned_at: int | None) -> Decision:
@@ -32,9 +36,10 @@ def decide(config: Config, call: Call, planned_at: int | None) -> Decision:
     dense_steps = dense_step_count(config.dense_steps, call.num_steps)
     if dense_steps is None:
         return Decision("dense", "the number of steps is unknown, dense_steps is a fraction")
+    always_dense = call.layer in _resolve(config.dense_layers, call.num_layers)
     if call.step < dense_steps:
-        return Decision("dense", "dense_steps")
-    if call.layer in _resolve(config.dense_layers, call.num_layers):
+        return Decision("dense", "dense_steps", last=call.step == dense_steps - 1 and not always_dense)
+    if always_dense:
         return Decision("dense", "dense_layers")
     if planned_at is None:
         return Decision("refresh", "no plan yet")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,41 +32,48 @@ class Layout:
 
 @dataclass
 class Entry:
-    """A cached plan, the step it was made at, the layout it was made for, and what the method remembers."""
+    """What is kept of one (model, layer, branch): the layout it fits, the method's memory, and the cached plan, if any.
 
-    plan: BlockPlan
-    step: int
+    step: when the plan was made, or when the memory was last written where there is no plan yet.
+    """
+
     layout: Layout
     memory: Memory
+    step: int
+    plan: BlockPlan | None = None
 
 
 @dataclass
 class RunState:
-    """Plans of the current run, keyed by (model, layer, branch); batch rows live inside the plans."""
+    """State of the current run, keyed by (model, layer, branch); batch rows live inside plans and memories."""
 
     entries: dict[tuple[str, int, str], Entry] = field(default_factory=dict)
+    shared: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
 
-    def find(self, call: Call, layout: Layout) -> Entry | None:
-        """Entry for a call, or None if there is none or it was made for another layout or a later step."""
-        entry = self.entries.get((call.model, call.layer, call.branch))
+    def entry(self, call: Call, layout: Layout) -> Entry:
+        """Entry for a call; an empty one if there is none or it was made for another layout or a later step."""
+        key = (call.model, call.layer, call.branch)
+        entry = self.entries.get(key)
         if entry is None or entry.layout != layout or entry.step > call.step:
-            return None
+            if entry is not None:
+                # What layers learned together was learned from the old layout.
+                self.shared.pop((call.model, call.branch), None)
+            shared = self.shared.setdefault((call.model, call.branch), {})
+            entry = self.entries[key] = Entry(layout, Memory(shared), call.step)
         return entry
-
-    def store(self, call: Call, plan: BlockPlan, layout: Layout, memory: Memory) -> None:
-        """Remember a plan and the method's memory."""
-        self.entries[call.model, call.layer, call.branch] = Entry(plan, call.step, layout, memory)
 
     def clear(self) -> None:
         """Forget everything: a new run starts."""
         self.entries.clear()
+        self.shared.clear()
 
     @property
     def plan_bytes(self) -> int:
         """Memory held by cached plans and the methods' memory, in bytes; shared storage is counted once."""
         storages: dict[int, int] = {}
         for entry in self.entries.values():
-            for value in (*vars(entry.plan).values(), *entry.memory.values()):
+            plan = () if entry.plan is None else vars(entry.plan).values()
+            for value in (*plan, *entry.memory.values()):
                 if isinstance(value, Tensor):
                     storage = value.untyped_storage()
                     storages[storage.data_ptr()] = storage.nbytes()

@@ -6,7 +6,7 @@ import torch
 import dsattn
 from dsattn.grid import Call, VideoGrid
 from dsattn.methods.estimate import sample_rows
-from dsattn.methods.spatial_temporal import SpatialTemporalConfig, _bands
+from dsattn.methods.spatial_temporal import _bands
 
 from .method_inputs import GRIDS, dense, tensors
 
@@ -49,20 +49,17 @@ def test_heads_are_classified_and_computed_exactly_in_their_order():
 @pytest.mark.parametrize("density", [0.05, 0.3, 0.7])
 @pytest.mark.parametrize("sink", [True, False])
 def test_density_counts_everything_that_is_kept(grid, density, sink):
-    wanted, least = (
-        _bands(grid, SpatialTemporalConfig(density=d, block=16, sink=sink), torch.device("cpu"))
-        for d in (density, 1e-6)
-    )
-    for band, floor in zip(wanted, least, strict=True):
-        assert bool(band.mask.any(1).all())
-        share, always = band.mask.float().mean().item(), floor.mask.float().mean().item()
-        assert share == pytest.approx(max(density, always), abs=1 / band.mask.numel())
+    for band in _bands(grid, 16, sink, torch.device("cpu")):
+        mask = band.mask(density)
+        assert bool(mask.any(1).all())
+        always = band.mask(0).float().mean().item()
+        assert mask.float().mean().item() == pytest.approx(max(density, always), abs=1 / mask.numel())
 
 
 @pytest.mark.parametrize("grid", GRIDS[:4])
 def test_sink_text_and_prefix_are_kept_in_both_classes(grid):
-    for band in _bands(grid, SpatialTemporalConfig(density=0.01, block=16), torch.device("cpu")):
-        pairs = band.pairs(torch.arange(grid.tokens), 16)
+    for band in _bands(grid, 16, True, torch.device("cpu")):
+        pairs = band.pairs(torch.arange(grid.tokens), 16, 0.01)
         assert bool(pairs[:, grid.video_start : grid.video_start + grid.frame_tokens].all())
         for start, stop in grid.exact_segments:
             assert bool(pairs[:, start:stop].all()) and bool(pairs[start:stop].all())

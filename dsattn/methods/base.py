@@ -11,12 +11,26 @@ from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
 from dsattn.grid import Call, VideoGrid
+from dsattn.methods.ranked import Ranked
 
-# What a method remembers of one (model, layer, branch) from plan to plan within a run, by name; empty at first.
-Memory = dict[str, Tensor]
+
+class Memory(dict[str, Tensor]):
+    """What a method remembers of one (model, layer, branch) from plan to plan within a run, by name; empty at first.
+
+    shared: what all layers of the same (model, branch) remember together, by name.
+    """
+
+    def __init__(self, shared: dict[str, Any] | None = None) -> None:
+        super().__init__()
+        self.shared: dict[str, Any] = {} if shared is None else shared
+
 
 # q, k, v [B, S, H, D] after norm and RoPE, the call, the method's config, its memory (read and changed in place).
 PlanFunction = Callable[[Tensor, Tensor, Tensor, Call, Any, Memory], BlockPlan]
+# The same, for every density at once.
+RankFunction = Callable[[Tensor, Tensor, Tensor, Call, Any, Memory], Ranked]
+# The same, called in the last dense step before the first plan.
+ObserveFunction = Callable[[Tensor, Tensor, Tensor, Call, Any, Memory], None]
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,9 @@ class Method:
         plan: makes the plan.
         summary: one line for ``dsattn methods``.
         source: paper or repository.
+        rank: ranks the blocks, for methods whose plans differ in density only; None for others.
+        observe: looks at q, k, v of the last dense step and leaves in memory what the first plan needs; None for
+            methods that need nothing.
         static: the plan depends on grid, shapes and options only, not on the values of q, k, v.
 
     """
@@ -38,6 +55,8 @@ class Method:
     plan: PlanFunction
     summary: str
     source: str
+    rank: RankFunction | None = None
+    observe: ObserveFunction | None = None
     static: bool = False
 
 

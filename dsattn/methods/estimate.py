@@ -43,10 +43,15 @@ class RowSample:
         logits = chosen @ keys.mT * q.shape[-1] ** -0.5
         return cls(rows, chosen, k, v, logits, logits.softmax(-1) @ values)
 
+    @property
+    def values(self) -> Tensor:
+        """``[B, H, S, D]`` fp32."""
+        return self.v.float().transpose(1, 2)
+
     def error(self, plan: BlockPlan) -> Tensor:
         """``[B, H]`` fp32: relative L2 error of the plan's output on the sampled rows, without running it."""
         logits = self.logits.masked_fill(~plan.rows_to_dense(self.rows), -torch.inf)
-        values = self.v.float().transpose(1, 2)
+        values = self.values
         if plan.tail == "pooled":
             k_pool, v_pool, log_count = pool_blocks(self.k, self.v, plan)
             tail = self.q @ k_pool.mT * self.q.shape[-1] ** -0.5 + log_count[:, :, None]

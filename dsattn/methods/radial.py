@@ -9,23 +9,26 @@ repository's mask bit for bit where its blocks exist and keeps the remaining row
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dsattn.block_plan import BlockPlan
+from dsattn.block_plan import TAILS, BlockPlan, Tail
 from dsattn.config import require, require_choice
 from dsattn.grid import Call, VideoGrid
 from dsattn.methods.base import Memory, Method, aligned_blocks, keep_exact_segments
+from dsattn.methods.ranked import Ranked
 
 # The original's constants: pairs of frames are thinned out below this window, a block is kept when more
 # than DENSE_COLUMNS of its used columns are more than COLUMN_DENSITY full.
 THINNING_WINDOW = 128
 COLUMN_DENSITY = 1 / 3
 DENSE_COLUMNS = 0.6
+# What ``rank`` tells apart.
+DECAYS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class RadialConfig:
         block: tokens per block, 32, 64 or 128; also the narrowest window.
         sink: every query reads the whole first frame (the original: yes for Wan, no for HunyuanVideo).
         compat: ``"original"`` reproduces the published mask, ``"corrected"`` covers every token.
+        tail: what skipped blocks contribute, ``"none"`` (as published) or ``"pooled"``.
 
     """
 
@@ -44,21 +48,41 @@ class RadialConfig:
     block: int = 64
     sink: bool = True
     compat: Literal["corrected", "original"] = "corrected"
+    tail: Tail = "none"
 
     def __post_init__(self) -> None:
         require("decay", self.decay, (int, float), low=0, high=1)
         require_choice("block", self.block, (32, 64, 128))
         require("sink", self.sink, bool)
         require_choice("compat", self.compat, ("corrected", "original"))
+        require_choice("tail", self.tail, TAILS)
 
 
 def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: RadialConfig, memory: Memory) -> BlockPlan:
     """Static plan, shared by all heads and batch rows; made once per grid."""
+    return _make(q, config, _mask(call.grid, config, q.device)[None, None])
+
+
+def rank(q: Tensor, k: Tensor, v: Tensor, call: Call, config: RadialConfig, memory: Memory) -> Ranked:
+    """Blocks by the smallest of ``DECAYS`` that reads them, as the density of that mask; without ``config.decay``."""
+    return Ranked(_share(call.grid, config, q.device)[None, None], partial(_make, q, config))
+
+
+def _make(q: Tensor, config: RadialConfig, mask: Tensor) -> BlockPlan:
     batch, length, heads, _ = q.shape
-    mask = _mask(call.grid, config, q.device)
     return BlockPlan.from_mask(
-        mask[None, None], length, length, batch=batch, heads=heads, block_q=config.block, block_k=config.block
+        mask, length, length, batch=batch, heads=heads, block_q=config.block, block_k=config.block, tail=config.tail
     )
+
+
+@lru_cache(maxsize=16)
+def _share(grid: VideoGrid, config: RadialConfig, device: torch.device) -> Tensor:
+    """``[N, N]`` fp32; the sparsest mask is always read, what no decay reads comes in at 1."""
+    masks = [_mask(grid, replace(config, decay=decay), device) for decay in DECAYS]
+    share = torch.ones(masks[0].shape, device=device)
+    for mask in reversed(masks[1:]):
+        share.masked_fill_(mask, float(mask.float().mean()))
+    return share.masked_fill_(masks[0], -1.0)
 
 
 @lru_cache(maxsize=16)
@@ -208,6 +232,7 @@ METHOD = Method(
     name="radial",
     config=RadialConfig,
     plan=plan,
+    rank=rank,
     summary="static diagonals that narrow with the distance between frames",
     source="Radial Attention 2506.19852",
     static=True,

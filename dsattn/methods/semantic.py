@@ -9,6 +9,7 @@ tokens; fixed iteration counts and a seeded start; text and prefix tokens are ex
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from dsattn.grid import Call, VideoGrid
 from dsattn.kernels.kmeans import Clusters, draw_tokens, first_centroids, kmeans
 from dsattn.methods.base import Memory, Method
 from dsattn.methods.estimate import RowSample, fit_density, sample_rows
+from dsattn.methods.ranked import Ranked
 
 # Tile of text and prefix tokens, and the tile that kernels should use within clusters.
 TILE = 64
@@ -81,6 +83,26 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, me
         q, k, v: ``[B, S, H, D]`` after norm and RoPE; S must equal ``call.grid.tokens``.
 
     """
+    ranking, make = _rank_clusters(q, k, call, config, memory)
+    if config.target_error is not None:
+        sample = RowSample.of(q, k, v, sample_rows(call.grid, config.rows, config.seed).to(q.device))
+        made, memory["rung"] = fit_density(ranking.ranked(make).at, sample, config.target_error, memory.get("rung"))
+        return made
+    if config.density is not None:
+        return ranking.ranked(make).at(config.density)
+    return make(ranking.up_to(config.top_p or 1.0))
+
+
+def rank(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, memory: Memory) -> Ranked:
+    """Clusters by mass per key; the arguments are those of ``plan``, budgets play no part."""
+    ranking, make = _rank_clusters(q, k, call, config, memory)
+    return ranking.ranked(make)
+
+
+def _rank_clusters(
+    q: Tensor, k: Tensor, call: Call, config: SemanticConfig, memory: Memory
+) -> tuple[_Ranking, Callable[[Tensor], BlockPlan]]:
+    """Ranked key clusters of every query cluster, and what makes a plan of a map of all blocks ``[B, H, Nq, Nk]``."""
     batch, length, heads, dim = q.shape
     grid = call.grid
     video = slice(grid.video_start, grid.video_end)
@@ -94,11 +116,9 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, me
     # Empty clusters have a mass of zero; left in the maximum, a stale centroid could push all others to zero.
     logits = logits.masked_fill(k_side.sizes[:, :, None] == 0, -torch.inf)
     mass_per_key = torch.softmax(logits + sizes.log()[:, :, None], -1) / sizes.clamp(min=1)[:, :, None]
-    ranking = _Ranking.of(mass_per_key, k_side.sizes, length, length - grid.video_tokens)
+    ranking = _Ranking.of(mass_per_key, k_side.sizes, length, length - grid.video_tokens, exact)
 
-    def build(chosen: Tensor) -> BlockPlan:
-        # Exact segments are rows and columns behind the clusters.
-        keep = torch.nn.functional.pad(ranking.keep(chosen), (0, exact, 0, exact), value=True)
+    def make(keep: Tensor) -> BlockPlan:
         return BlockPlan.from_mask(
             keep,
             length,
@@ -114,15 +134,7 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, me
             tail=config.tail,
         )
 
-    if config.target_error is not None:
-        sample = RowSample.of(q, k, v, sample_rows(grid, config.rows, config.seed).to(q.device))
-        made, memory["rung"] = fit_density(
-            lambda density: build(ranking.within(density)), sample, config.target_error, memory.get("rung")
-        )
-        return made
-    if config.density is not None:
-        return build(ranking.within(torch.full((batch, heads), config.density, device=q.device)))
-    return build(ranking.up_to(config.top_p or 1.0))
+    return ranking, make
 
 
 def _cluster(
@@ -177,33 +189,37 @@ class _Ranking:
     share: Tensor
     length: int
     exact: int
+    exact_blocks: int
 
     @classmethod
-    def of(cls, mass_per_key: Tensor, sizes: Tensor, length: int, exact: int) -> _Ranking:
+    def of(cls, mass_per_key: Tensor, sizes: Tensor, length: int, exact: int, exact_blocks: int) -> _Ranking:
         best, order = mass_per_key.sort(dim=-1, descending=True, stable=True)
         keys = sizes[:, :, None].expand_as(order).gather(-1, order)
-        return cls(order, keys, best * keys, length, exact)
+        return cls(order, keys, best * keys, length, exact, exact_blocks)
 
-    def within(self, density: Tensor) -> Tensor:
-        """Ranks that fit a share ``[B, H]`` of the keys; the cluster on the mark fits if more than half of it does."""
-        return self.keys.cumsum(-1) - self.keys / 2 <= density[..., None, None] * self.length - self.exact
+    def ranked(self, make: Callable[[Tensor], BlockPlan]) -> Ranked:
+        """Clusters by the share of all keys at which they come in: when more than half of one fits."""
+        share = (self.keys.cumsum(-1) - self.keys / 2 + self.exact) / self.length
+        share[..., 0] = -1
+        share = torch.empty_like(share).scatter_(-1, self.order, share)
+        return Ranked(self._with_exact(share, -1), make)
 
     def up_to(self, top_p: float) -> Tensor:
-        """Ranks that hold a share of the mass, the one that crosses the mark included."""
+        """``[B, H, Nq, Nk]`` bool: clusters that hold a share of the mass, the one that crosses the mark included."""
         # Rounding may leave a cumulated share just above top_p = 1: keep all then.
-        return (self.share.cumsum(-1) - self.share < top_p) | (top_p == 1)
-
-    def keep(self, ranks: Tensor) -> Tensor:
-        """``[B, H, Cq, Ck]`` bool over clusters from a choice of ranks; the best cluster is always kept."""
-        ranks = ranks.clone()
+        ranks = (self.share.cumsum(-1) - self.share < top_p) | (top_p == 1)
         ranks[..., 0] = True
-        return torch.zeros_like(ranks).scatter_(-1, self.order, ranks)
+        return self._with_exact(torch.zeros_like(ranks).scatter_(-1, self.order, ranks), True)
+
+    def _with_exact(self, of_clusters: Tensor, value: float) -> Tensor:
+        return torch.nn.functional.pad(of_clusters, (0, self.exact_blocks, 0, self.exact_blocks), value=value)
 
 
 METHOD = Method(
     name="semantic",
     config=SemanticConfig,
     plan=plan,
+    rank=rank,
     summary="k-means clusters of queries and keys, best clusters exact, the rest pooled",
     source="SVG2 2505.18875, SVG-EAR 2603.08982",
 )

@@ -20,6 +20,7 @@ from dsattn.config import require, require_budget, require_choice
 from dsattn.grid import Call, VideoGrid
 from dsattn.methods.base import Memory, Method, keep_exact_segments
 from dsattn.methods.estimate import sample_rows
+from dsattn.methods.ranked import Ranked
 
 BLOCKS = (16, 32, 64, 128)
 
@@ -57,16 +58,20 @@ class SpatialTemporalConfig:
 
 @dataclass(frozen=True)
 class Band:
-    """One class: token orders ``[S]`` and block map ``[N, N]`` over them."""
+    """One class: token orders ``[S]``, and the density from which on a block is read, ``[N, N]`` over them."""
 
     q_order: Tensor
     k_order: Tensor
-    mask: Tensor
+    share: Tensor
 
-    def pairs(self, rows: Tensor, block: int) -> Tensor:
+    def mask(self, density: float) -> Tensor:
+        """``[N, N]`` bool: the blocks that are read."""
+        return self.share <= density
+
+    def pairs(self, rows: Tensor, block: int, density: float) -> Tensor:
         """``[R, S]`` bool in the given token order: keys that the queries ``rows [R]`` read."""
         q_place, k_place = self.q_order.argsort(), self.k_order.argsort()
-        return self.mask[q_place[rows] // block][:, k_place // block]
+        return self.mask(density)[q_place[rows] // block][:, k_place // block]
 
 
 def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SpatialTemporalConfig, memory: Memory) -> BlockPlan:
@@ -76,26 +81,36 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SpatialTemporalCon
         q, k, v: ``[B, S, H, D]`` after norm and RoPE; S must equal ``call.grid.tokens``.
 
     """
+    return rank(q, k, v, call, config, memory).at(config.density)
+
+
+def rank(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SpatialTemporalConfig, memory: Memory) -> Ranked:
+    """Blocks by their distance from the band's middle; ``config.density`` only decides the class of every head."""
     batch, length, heads, _ = q.shape
-    bands = _bands(call.grid, config, q.device)
+    bands = _bands(call.grid, config.block, config.sink, q.device)
     temporal = classify(q, k, v, bands, call.grid, config) == 1
     spatial, other = bands
 
     def choose(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(temporal.view(*temporal.shape, *(1,) * a.ndim), b, a)
 
-    return BlockPlan.from_mask(
-        choose(spatial.mask, other.mask),
-        length,
-        length,
-        batch=batch,
-        heads=heads,
-        block_q=config.block,
-        block_k=config.block,
-        q_order=choose(spatial.q_order, other.q_order),
-        k_order=choose(spatial.k_order, other.k_order),
-        tail=config.tail,
-    )
+    q_order, k_order = choose(spatial.q_order, other.q_order), choose(spatial.k_order, other.k_order)
+
+    def make(keep: Tensor) -> BlockPlan:
+        return BlockPlan.from_mask(
+            keep,
+            length,
+            length,
+            batch=batch,
+            heads=heads,
+            block_q=config.block,
+            block_k=config.block,
+            q_order=q_order,
+            k_order=k_order,
+            tail=config.tail,
+        )
+
+    return Ranked(choose(spatial.share, other.share), make)
 
 
 def classify(
@@ -108,18 +123,20 @@ def classify(
     exact = logits.softmax(-1) @ values
     errors = []
     for band in bands:
-        approximate = logits.masked_fill(~band.pairs(rows, config.block), -torch.inf).softmax(-1) @ values
+        approximate = (
+            logits.masked_fill(~band.pairs(rows, config.block, config.density), -torch.inf).softmax(-1) @ values
+        )
         errors.append((approximate - exact).square().mean((2, 3)))
     return torch.stack(errors).argmin(0)
 
 
 @lru_cache(maxsize=16)
-def _bands(grid: VideoGrid, config: SpatialTemporalConfig, device: torch.device) -> tuple[Band, Band]:
+def _bands(grid: VideoGrid, block: int, sink: bool, device: torch.device) -> tuple[Band, Band]:
     frame_major = torch.arange(grid.tokens, device=device)
     video = torch.arange(grid.video_tokens, device=device).view(grid.frames, grid.frame_tokens)
     patch_major = video.T.flatten()
     # The sink stands first among the keys, so that whole blocks hold it.
-    keys = torch.cat([video[0], video[1:].T.flatten()]) if config.sink else patch_major
+    keys = torch.cat([video[0], video[1:].T.flatten()]) if sink else patch_major
 
     def with_rest(order: Tensor) -> Tensor:
         full = frame_major.clone()
@@ -131,28 +148,26 @@ def _bands(grid: VideoGrid, config: SpatialTemporalConfig, device: torch.device)
     patch = torch.zeros(grid.tokens, device=device)
     patch[grid.video_start : grid.video_end] = torch.arange(grid.video_tokens, device=device) % grid.frame_tokens
     q_order, k_order = with_rest(patch_major), with_rest(keys)
-    spatial = Band(frame_major, frame_major, _band_mask(along, along, grid, config))
+    spatial = Band(frame_major, frame_major, _band_share(along, along, grid, block, sink))
     scaled = patch * grid.frames
-    return spatial, Band(q_order, k_order, _band_mask(scaled[q_order], scaled[k_order], grid, config))
+    return spatial, Band(q_order, k_order, _band_share(scaled[q_order], scaled[k_order], grid, block, sink))
 
 
-def _band_mask(q_along: Tensor, k_along: Tensor, grid: VideoGrid, config: SpatialTemporalConfig) -> Tensor:
-    """``[N, N]`` bool: the blocks always kept, and as many of the nearest others as the density allows."""
-    block = config.block
+def _band_share(q_along: Tensor, k_along: Tensor, grid: VideoGrid, block: int, sink: bool) -> Tensor:
+    """``[N, N]`` fp32: -1 for blocks always kept, then density as the nearest of the others are taken in."""
     q_centre, k_centre = _block_means(q_along, block), _block_means(k_along, block)
     distance = (q_centre[:, None] - k_centre).abs()
     always = torch.zeros(distance.shape, dtype=torch.bool, device=distance.device)
     # The nearest key block of every query block: no row is empty.
     always.scatter_(1, distance.argmin(1, keepdim=True), True)
-    if config.sink:
+    if sink:
         first, last = grid.video_start, grid.video_start + grid.frame_tokens
         always[:, first // block : -(-last // block)] = True
     keep_exact_segments(always, grid, block, block)
     ranked = distance.masked_fill(always, -1.0).flatten().sort(stable=True).indices
-    count = max(int(always.sum()), round(config.density * distance.numel()))
-    mask = torch.zeros(distance.numel(), dtype=torch.bool, device=distance.device)
-    mask[ranked[:count]] = True
-    return mask.view_as(distance)
+    place = torch.empty(ranked.shape, device=ranked.device)
+    place[ranked] = (torch.arange(len(ranked), device=ranked.device) + 0.5) / len(ranked)
+    return place.view_as(distance).masked_fill(always, -1.0)
 
 
 def _block_means(x: Tensor, block: int) -> Tensor:
@@ -165,6 +180,7 @@ METHOD = Method(
     name="spatial_temporal",
     config=SpatialTemporalConfig,
     plan=plan,
+    rank=rank,
     summary="a band in frame-major or patch-major order, chosen per head on sampled rows",
     source="Sparse VideoGen 2502.01776",
 )

@@ -8,6 +8,7 @@ selection is in fp32; the blocks on the diagonal, text and prefix are always kep
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from dsattn.block_plan import TAILS, BlockPlan, Tail
 from dsattn.config import require_budget, require_choice
 from dsattn.grid import Call
 from dsattn.methods.base import Memory, Method, aligned_blocks, keep_exact_segments
+from dsattn.methods.ranked import Ranked, share_by_rank
 from dsattn.methods.scores import SCORERS, ScorerName
 from dsattn.orders import ORDERS, OrderName, token_order
 
@@ -65,39 +67,59 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: TopkConfig, memory
         q, k, v: ``[B, S, H, D]`` after norm and RoPE; S must equal ``call.grid.tokens``.
 
     """
+    mass, always, make = _score(q, k, call, config)
+    if config.top_p is None:
+        return _ranked(mass, always, make).at(config.density or 1.0)
+    return make(_up_to(config.top_p, mass, always) | always)
+
+
+def rank(q: Tensor, k: Tensor, v: Tensor, call: Call, config: TopkConfig, memory: Memory) -> Ranked:
+    """Blocks by their score; the arguments are those of ``plan``, budgets play no part."""
+    return _ranked(*_score(q, k, call, config))
+
+
+def _score(
+    q: Tensor, k: Tensor, call: Call, config: TopkConfig
+) -> tuple[Tensor, Tensor, Callable[[Tensor], BlockPlan]]:
+    """Estimated mass ``[B, H, Nq, Nk]``, blocks always kept ``[Nq, Nk]``, and what makes a plan of a block map."""
     batch, length, heads, _ = q.shape
     order = token_order(call.grid, config.order, q.device)
     mass = SCORERS[config.scorer](q, k, config.block_q, config.block_k, order).softmax(-1)
-
     always = aligned_blocks(length, config.block_q, config.block_k, q.device)
     always = keep_exact_segments(always.clone(), call.grid, config.block_q, config.block_k)
-    keep = _select(mass, always, config) | always
-    return BlockPlan.from_mask(
-        keep,
-        length,
-        length,
-        batch=batch,
-        heads=heads,
-        block_q=config.block_q,
-        block_k=config.block_k,
-        q_order=None if order is None else order[None, None],
-        k_order=None if order is None else order[None, None],
-        tail=config.tail,
-    )
+    orders = None if order is None else order[None, None]
+
+    def make(keep: Tensor) -> BlockPlan:
+        return BlockPlan.from_mask(
+            keep,
+            length,
+            length,
+            batch=batch,
+            heads=heads,
+            block_q=config.block_q,
+            block_k=config.block_k,
+            q_order=orders,
+            k_order=orders,
+            tail=config.tail,
+        )
+
+    return mass, always, make
 
 
-def _select(mass: Tensor, always: Tensor, config: TopkConfig) -> Tensor:
-    """``[B, H, Nq, Nk]`` bool: the kept blocks; ``always`` ones come first and use up budget."""
+def _ranked(mass: Tensor, always: Tensor, make: Callable[[Tensor], BlockPlan]) -> Ranked:
+    # A budget of blocks: the partial last one counts as a whole.
+    cost = torch.full(mass.shape[-1:], 1 / mass.shape[-1], device=mass.device)
+    return Ranked(share_by_rank(mass, cost, always), make)
+
+
+def _up_to(top_p: float, mass: Tensor, always: Tensor) -> Tensor:
+    """``[B, H, Nq, Nk]`` bool: the best blocks that hold a share of the mass, ``always`` ones first."""
     ranked = mass.masked_fill(always, torch.inf).sort(dim=-1, descending=True, stable=True).indices
-    if config.top_p is None:
-        count = max(1, round((config.density or 0) * mass.shape[-1]))
-        chosen = (torch.arange(mass.shape[-1], device=mass.device) < count).expand_as(mass)
-    else:
-        shares = mass.gather(-1, ranked)
-        before = shares.cumsum(-1) - shares
-        # Rounding may leave a cumulated share just above top_p = 1: keep all then.
-        chosen = (before < config.top_p) | (config.top_p == 1)
-        chosen[..., 0] = True
+    shares = mass.gather(-1, ranked)
+    before = shares.cumsum(-1) - shares
+    # Rounding may leave a cumulated share just above top_p = 1: keep all then.
+    chosen = (before < top_p) | (top_p == 1)
+    chosen[..., 0] = True
     return torch.zeros(mass.shape, dtype=torch.bool, device=mass.device).scatter_(-1, ranked, chosen)
 
 
@@ -105,6 +127,7 @@ METHOD = Method(
     name="topk",
     config=TopkConfig,
     plan=plan,
+    rank=rank,
     summary="largest mean-pooled block scores per query block, rest enters pooled",
     source="MInference 2407.02490, SpargeAttn 2502.18137, Sol-Attn 2607.24027",
 )

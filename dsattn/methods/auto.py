@@ -1,0 +1,242 @@
+"""``auto``: every head takes the candidate and the density that cost the least for the error of the whole step.
+
+Candidates are judged on sampled query rows in the last dense step (or the first sparse one), all heads of all layers
+share one budget of error, and the choice is kept across denoising steps while plans follow the current q and k.
+Heads of one layer that chose differently still run in one attention call.
+Source: online profiling by sampled rows, Sparse VideoGen (arXiv 2502.01776); budgets under one global limit, HASTE
+(2026). Differs in: any number of methods and densities per head, one price of error for all layers, executed cost
+(exact keys, pooled keys, planning) instead of a class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsattn.block_plan import BlockPlan
+from dsattn.config import require, require_budget
+from dsattn.errors import UsageError
+from dsattn.grid import Call
+from dsattn.methods import radial, semantic, spatial_temporal, topk
+from dsattn.methods.base import Memory, Method, RankFunction
+from dsattn.methods.estimate import RowSample, sample_rows
+from dsattn.methods.radial import RadialConfig
+from dsattn.methods.ranked import Ranked
+from dsattn.methods.semantic import SemanticConfig
+from dsattn.methods.spatial_temporal import SpatialTemporalConfig
+from dsattn.methods.topk import TopkConfig
+from dsattn.mix import join_plans, split_heads
+from dsattn.profiler import DENSITIES, Curve, Options, allocate, trace
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method as ``auto`` tries it.
+
+    rank, config: the method's; all candidates have the same tail, so that their heads can share a call.
+    planning: cost of making plans, spread over the calls that reuse one, as a share of dense attention.
+    """
+
+    rank: RankFunction
+    config: Any
+    planning: float
+
+
+CANDIDATES: dict[str, Candidate] = {
+    "semantic": Candidate(semantic.rank, SemanticConfig(tail="pooled"), 0.01),
+    "topk": Candidate(topk.rank, TopkConfig(order="hilbert", scorer="subblock", tail="pooled"), 0.003),
+    "spatial_temporal": Candidate(spatial_temporal.rank, SpatialTemporalConfig(tail="pooled"), 0.003),
+    "radial": Candidate(radial.rank, RadialConfig(tail="pooled"), 0.0),
+}
+# Elements of the sampled rows' weights that are held at a time.
+WEIGHTS = 1 << 27
+
+
+@dataclass(frozen=True)
+class AutoConfig:
+    """Options of ``auto``; ``target_error`` and ``cost`` exclude each other.
+
+    Args:
+        target_error: relative L2 error of a layer's attention output, root mean square over layers, in (0, 1].
+        cost: instead, mean cost of the sparse calls relative to dense attention, in (0, 1]: keys read exactly, pooled
+            keys and planning.
+        candidates: names out of ``CANDIDATES``.
+        rows: sampled queries that judge them; at least 1.
+        seed: draws the rows, and whatever the candidates draw.
+
+    """
+
+    target_error: float | None = None
+    cost: float | None = None
+    candidates: tuple[str, ...] = ("semantic", "topk", "spatial_temporal")
+    rows: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_budget(0.0, target_error=self.target_error, cost=self.cost)
+        if self.target_error is None and self.cost is None:
+            object.__setattr__(self, "target_error", 0.1)
+        names = (self.candidates,) if isinstance(self.candidates, str) else tuple(self.candidates)
+        object.__setattr__(self, "candidates", names)
+        if not names or len(set(names)) < len(names) or not set(names) <= set(CANDIDATES):
+            raise UsageError(f"candidates must be different names out of {', '.join(CANDIDATES)}; got {names!r}")
+        require("rows", self.rows, int, low=1)
+        require("seed", self.seed, int)
+
+
+@dataclass
+class LayerProfile:
+    """What was measured of one layer, on the CPU; C candidates, n densities.
+
+    step: when. candidates: their names. error, recall, density, cost: ``[C, n, B, H]``. weight: ``[B, H]``, share of
+    the layer's squared output. choice: ``[B, H]`` index into the flattened C × n options, empty until allocated.
+    """
+
+    step: int
+    candidates: tuple[str, ...]
+    error: Tensor
+    recall: Tensor
+    density: Tensor
+    cost: Tensor
+    weight: Tensor
+    choice: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+
+@dataclass
+class ModelProfile:
+    """Profiles of all layers of one (model, branch), by layer."""
+
+    layers: dict[int, LayerProfile] = field(default_factory=dict)
+
+    def forget_choices(self) -> None:
+        """Choose anew before the next plan."""
+        for profile in self.layers.values():
+            profile.choice = profile.choice[:0]
+
+    def allocate(self, config: AutoConfig) -> None:
+        """Choose for all layers at once."""
+        profiles = list(self.layers.values())
+        options = [Options(p.error.flatten(0, 1), p.cost.flatten(0, 1), p.weight) for p in profiles]
+        for profile, choice in zip(
+            profiles, allocate(options, target=config.target_error, cost=config.cost), strict=True
+        ):
+            profile.choice = choice
+
+
+def observe(q: Tensor, k: Tensor, v: Tensor, call: Call, config: AutoConfig, memory: Memory) -> None:
+    """Measure every candidate on every head of this layer; reads the result back to the host.
+
+    Args:
+        q, k, v: ``[B, S, H, D]`` after norm and RoPE; S must equal ``call.grid.tokens``.
+
+    """
+    batch, length, heads, _ = q.shape
+    rows = sample_rows(call.grid, config.rows, config.seed).to(q.device)
+    group = max(1, WEIGHTS // (len(rows) * length))
+    traced: dict[str, list[Curve]] = {name: [] for name in config.candidates}
+    remembered: dict[str, list[Memory]] = {name: [] for name in config.candidates}
+    norms = []
+    for first in range(0, batch * heads, group):
+        part = torch.arange(first, min(first + group, batch * heads), device=q.device)
+        qkv = split_heads(q, part), split_heads(k, part), split_heads(v, part)
+        sample = RowSample.of(*qkv, rows)
+        norms.append(sample.exact.square().sum((2, 3))[0])
+        for name in config.candidates:
+            own = Memory()
+            traced[name].append(trace(sample, _rank(name, qkv, call, config, own)))
+            remembered[name].append(own)
+    for name, memories in remembered.items():
+        for key in memories[0]:
+            memory[f"{name}/{key}"] = torch.cat([own[key] for own in memories], 1)
+
+    def gather(get: str) -> Tensor:
+        heads_of = [torch.cat([getattr(c, get)[:, 0] for c in curves], -1) for curves in traced.values()]
+        return torch.stack(heads_of).view(len(traced), -1, batch, heads).cpu()
+
+    density = gather("density")
+    extra = torch.tensor([curves[0].tail + CANDIDATES[name].planning for name, curves in traced.items()])
+    norm = torch.cat(norms).view(batch, heads).cpu()
+    _model(memory).layers[call.layer] = LayerProfile(
+        step=call.step,
+        candidates=config.candidates,
+        error=gather("error"),
+        recall=gather("recall"),
+        density=density,
+        cost=density + extra[:, None, None, None],
+        weight=norm / norm.sum(1, keepdim=True).clamp(min=torch.finfo(norm.dtype).tiny),
+    )
+    _model(memory).forget_choices()
+
+
+def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: AutoConfig, memory: Memory) -> BlockPlan:
+    """Plan from the current q and k and the choice of every head.
+
+    Args:
+        q, k, v: ``[B, S, H, D]`` after norm and RoPE; S must equal ``call.grid.tokens``.
+
+    """
+    model = _model(memory)
+    if call.layer not in model.layers:
+        observe(q, k, v, call, config, memory)
+    profile = model.layers[call.layer]
+    if not len(profile.choice):
+        model.allocate(config)
+    choice = profile.choice.flatten()
+    places = len(DENSITIES)
+    density = torch.tensor(DENSITIES)[choice % places].to(q.device)
+    parts = []
+    for index, name in enumerate(profile.candidates):
+        chosen = (choice // places == index).nonzero().squeeze(1)
+        if len(chosen):
+            heads = chosen.to(q.device)
+            own = _recall(memory, name, heads)
+            ranked = _rank(
+                name, (split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)), call, config, own
+            )
+            _remember(memory, name, heads, own)
+            parts.append((heads, ranked.at(density[heads][None])))
+    return join_plans(parts, q.shape[0], q.shape[2])
+
+
+def _rank(name: str, qkv: tuple[Tensor, Tensor, Tensor], call: Call, config: AutoConfig, memory: Memory) -> Ranked:
+    """One candidate's ranked blocks."""
+    candidate = CANDIDATES[name]
+    own = replace(candidate.config, seed=config.seed) if hasattr(candidate.config, "seed") else candidate.config
+    q, k, v = qkv
+    return candidate.rank(q, k, v, call, own, memory)
+
+
+def _recall(memory: Memory, name: str, heads: Tensor) -> Memory:
+    """What a candidate remembers of the heads ``[n]``: its tensors are ``[1, B * H, ...]``, or of just these heads."""
+    own = Memory()
+    for key, value in memory.items():
+        if key.startswith(f"{name}/"):
+            own[key.removeprefix(f"{name}/")] = value if value.shape[1] == len(heads) else value[:, heads]
+    return own
+
+
+def _remember(memory: Memory, name: str, heads: Tensor, own: Memory) -> None:
+    """Write back what ``_recall`` gave; without an entry for all heads, an entry for these heads is enough."""
+    for key, value in own.items():
+        whole = memory.get(f"{name}/{key}", value)
+        if whole.shape[1] != len(heads):
+            value = whole.index_copy(1, heads, value)
+        memory[f"{name}/{key}"] = value
+
+
+def _model(memory: Memory) -> ModelProfile:
+    model: ModelProfile = memory.shared.setdefault("auto", ModelProfile())
+    return model
+
+
+METHOD = Method(
+    name="auto",
+    config=AutoConfig,
+    plan=plan,
+    observe=observe,
+    summary="per head the cheapest of several methods for one error budget, profiled online",
+    source="this project; profiling after Sparse VideoGen 2502.01776",
+)

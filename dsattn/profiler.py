@@ -1,0 +1,152 @@
+"""Which method fits which head: error against cost of candidates, measured on sampled query rows.
+
+One exact attention of the sampled rows judges every density of every candidate: densities are nested, so that each
+adds the keys of a few more blocks to the sums of the one before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsattn.block_plan import BlockPlan
+from dsattn.kernels.pooling import pool_blocks
+from dsattn.methods.estimate import RowSample, relative_error
+from dsattn.methods.ranked import Ranked
+
+# Densities that are told apart, a factor of about 1.35 from one to the next; the last one is dense attention.
+DENSITIES = (0.01, 0.014, 0.02, 0.028, 0.04, 0.055, 0.075, 0.1, 0.14, 0.2, 0.28, 0.4, 1.0)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One candidate on the heads of one call, over ``DENSITIES``.
+
+    error: ``[n, b, h]`` relative L2 error of the output on the sampled rows.
+    recall: the same, softmax mass of the keys that are read, mean over rows.
+    density: the same, executed density of the plan.
+    tail: pooled keys per key.
+    """
+
+    error: Tensor
+    recall: Tensor
+    density: Tensor
+    tail: float
+
+
+def trace(sample: RowSample, ranked: Ranked) -> Curve:
+    """Curve of one candidate; nothing is read back to the host.
+
+    Args:
+        sample: exact attention of R rows.
+        ranked: the candidate's blocks for the same call.
+
+    """
+    plan = ranked.at(1.0)
+    ladder = torch.tensor(DENSITIES, device=sample.exact.device)
+    lead = sample.logits.shape[:2]
+    blocks = plan.num_k_blocks
+    shares = ranked.share.expand(*lead, -1, -1)
+    owner = plan.q_block_of_token.expand(*lead, -1)[..., sample.rows]
+    rows = shares.gather(2, owner[..., None].expand(-1, -1, -1, blocks))
+    # Place on the ladder from which on a block is read; behind its end: never.
+    level = torch.bucketize(rows, ladder)
+    keys = plan.k_block_of_token.expand(*lead, -1)[:, :, None].expand(-1, -1, len(sample.rows), -1)
+    key_level = level.to(torch.uint8).gather(3, keys)
+
+    peak = sample.logits.amax(-1, keepdim=True)
+    weights = (sample.logits - peak).exp()
+    whole = weights.sum(-1, keepdim=True)
+    tail, v_pool = _tail(sample, plan, peak)
+    values = sample.values
+    top, bottom = torch.zeros_like(sample.exact), torch.zeros_like(peak)
+    errors, recalls = [], []
+    tiny = torch.finfo(bottom.dtype).tiny
+    for place in range(len(DENSITIES)):
+        added = weights * (key_level == place)
+        top = top + added @ values
+        bottom = bottom + added.sum(-1, keepdim=True)
+        rest = tail * (level > place) if tail is not None else None
+        numerator = top if rest is None else top + rest @ v_pool
+        denominator = bottom if rest is None else bottom + rest.sum(-1, keepdim=True)
+        # What is read may hold no mass that fp32 can tell from none: the output is then zero.
+        errors.append(relative_error(numerator / denominator.clamp(min=tiny), sample.exact))
+        recalls.append((bottom / whole).mean((2, 3)))
+    return Curve(
+        torch.stack(errors),
+        torch.stack(recalls),
+        _densities(ranked, plan, ladder),
+        blocks / plan.k_len if tail is not None else 0.0,
+    )
+
+
+def _tail(sample: RowSample, plan: BlockPlan, peak: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Weights ``[B, H, R, Nk]`` of the pooled keys, where the plan has a tail, and their values ``[B, H, Nk, D]``."""
+    if plan.tail == "none":
+        return None, sample.values
+    k_pool, v_pool, log_count = pool_blocks(sample.k, sample.v, plan)
+    logits = sample.q @ k_pool.mT * sample.q.shape[-1] ** -0.5 + log_count[:, :, None]
+    return (logits - peak).exp(), v_pool
+
+
+def _densities(ranked: Ranked, plan: BlockPlan, ladder: Tensor) -> Tensor:
+    """``[n, b, h]`` fp32: share of all (query, key) pairs that is read at every place of the ladder."""
+    queries, keys = plan.q_sizes.float() / plan.q_len, plan.k_sizes.float() / plan.k_len
+    read = [((ranked.share <= density).float() @ keys[..., None]).squeeze(-1) for density in ladder]
+    return torch.stack([(share * queries).sum(-1) for share in read]).expand(-1, plan.batch, plan.heads)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the heads of one layer can choose from: O options, one per candidate and density.
+
+    error, cost: ``[O, B, H]``; weight: ``[B, H]``, each head's share of the layer's squared output.
+    """
+
+    error: Tensor
+    cost: Tensor
+    weight: Tensor
+
+
+def allocate(layers: Sequence[Options], *, target: float | None = None, cost: float | None = None) -> list[Tensor]:
+    """Cheapest choice of all heads together that meets a target, or the best that a mean cost can buy.
+
+    One price of error, the same for all heads of all layers, decides: every head takes the option with the least
+    cost + price × share of the layer's squared output × squared relative error. The price is found by bisection,
+    for every batch row of its own.
+
+    Args:
+        layers: what there is to choose from, layer by layer.
+        target: relative L2 error of a layer's output, root mean square over layers.
+        cost: mean over heads and layers; used where ``target`` is None.
+
+    Returns:
+        ``[B, H]`` int64 per layer: the index of the option.
+
+    """
+    errors = [x.weight.double() * x.error.double().square() for x in layers]
+    costs = [x.cost.double() for x in layers]
+    rows = errors[0].shape[1]
+    low, high = (torch.full((rows,), edge, dtype=torch.float64) for edge in (-30.0, 30.0))
+
+    def choose(price: Tensor) -> list[Tensor]:
+        factor = price.exp()[:, None]
+        return [(c + factor * e).argmin(0) for c, e in zip(costs, errors, strict=True)]
+
+    def total(values: list[Tensor], chosen: list[Tensor]) -> Tensor:
+        return torch.stack([v.gather(0, i[None])[0].sum(-1) for v, i in zip(values, chosen, strict=True)]).mean(0)
+
+    heads = errors[0].shape[2]
+    for _ in range(50):
+        middle = (low + high) / 2
+        chosen = choose(middle)
+        if target is not None:
+            enough = total(errors, chosen) <= target**2
+        else:
+            # The dearest price that the budget still pays.
+            enough = total(costs, chosen) / heads > (cost or 0.0)
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    return choose(high if target is not None else low)
