@@ -15,6 +15,35 @@ from torch import Tensor
 
 Tail = Literal["none", "pooled"]
 TAILS: tuple[Tail, ...] = ("none", "pooled")
+FeatureMap = Literal["softmax", "elu", "relu", "hedgehog"]
+FEATURE_MAPS: tuple[FeatureMap, ...] = ("softmax", "elu", "relu", "hedgehog")
+
+
+@dataclass(frozen=True, eq=False)
+class LinearTail:
+    """Linear attention that is added, through a learned projection, to what a plan's softmax gives.
+
+    Sums over keys and values are made anew from the current k and v at every call.
+
+    Args:
+        weight, bias: ``[D, D]`` and ``[D]``: ``out += linear @ weight.T + bias``, the same for all heads.
+        feature_map: applied to queries and keys, see ``dsattn.kernels.sparse_linear``.
+        blocks: ``[b, h, Nq, Nk]`` bool, the key blocks that enter for each query block; None means all keys.
+
+    """
+
+    weight: Tensor
+    bias: Tensor
+    feature_map: FeatureMap = "softmax"
+    blocks: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.feature_map not in FEATURE_MAPS:
+            raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {self.feature_map!r}")
+        dim = self.bias.shape[-1]
+        if self.weight.shape != (dim, dim) or self.bias.ndim != 1:
+            shapes = f"{tuple(self.weight.shape)} and {tuple(self.bias.shape)}"
+            raise ValueError(f"weight and bias must be [D, D] and [D], got {shapes}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +68,8 @@ class BlockPlan:
         tail: what the blocks that are not kept contribute. ``"none"``: nothing. ``"pooled"``: block j with
             n_j readable keys enters the same softmax as one key, its mean, with weight n_j and the mean
             value; recomputed from the current k and v at every call.
+        linear: linear attention beside the softmax, added to its result; the log-sum-exp does not know of it. One
+            that names its blocks needs blocks of equal size and no token order.
 
     """
 
@@ -56,6 +87,7 @@ class BlockPlan:
     k_starts: Tensor | None = None
     key_lengths: Tensor | None = None
     tail: Tail = "none"
+    linear: LinearTail | None = None
 
     def __post_init__(self) -> None:
         if self.tail not in TAILS:
@@ -75,6 +107,16 @@ class BlockPlan:
                 raise ValueError(f"{name} must be [b, h, {length}], got {tuple(order.shape)}")
         if self.key_lengths is not None and self.key_lengths.shape != (self.batch,):
             raise ValueError(f"key_lengths must be [{self.batch}], got {tuple(self.key_lengths.shape)}")
+        if self.linear is not None and self.linear.blocks is not None:
+            self._check_linear_blocks(self.linear.blocks)
+
+    def _check_linear_blocks(self, blocks: Tensor) -> None:
+        shape = (self.num_q_blocks, self.num_k_blocks)
+        if blocks.ndim != 4 or blocks.shape[2:] != shape or blocks.dtype != torch.bool:
+            came = f"{tuple(blocks.shape)} {blocks.dtype}"
+            raise ValueError(f"linear.blocks must be [b, h, {shape[0]}, {shape[1]}] bool, got {came}")
+        if any(x is not None for x in (self.q_order, self.k_order, self.q_starts, self.k_starts)):
+            raise ValueError("linear.blocks needs blocks of equal size and no token order; use linear.blocks=None")
 
     # -- construction ---------------------------------------------------------------------------------
 
@@ -95,16 +137,13 @@ class BlockPlan:
         k_starts: Tensor | None = None,
         key_lengths: Tensor | None = None,
         tail: Tail = "none",
+        linear: LinearTail | None = None,
     ) -> BlockPlan:
         """Plan from a block map ``[b, h, Nq, Nk]`` bool; key blocks are visited in ascending order.
 
         ``K`` is ``Nk``: no host synchronisation is needed to size the lists.
         """
-        counts = mask.sum(dim=-1, dtype=torch.int32)
-        columns = torch.arange(mask.shape[-1], device=mask.device)
-        # Kept columns first, in ascending order: a stable sort on "not kept".
-        indices = torch.sort((~mask).to(torch.uint8), dim=-1, stable=True).indices
-        indices = indices.masked_fill(columns >= counts[..., None], 0).to(torch.int32)
+        counts, indices = _lists(mask)
         return cls(
             batch=batch,
             heads=heads,
@@ -120,6 +159,7 @@ class BlockPlan:
             k_starts=k_starts,
             key_lengths=key_lengths,
             tail=tail,
+            linear=linear,
         )
 
     @classmethod
@@ -135,6 +175,15 @@ class BlockPlan:
     def with_key_lengths(self, key_lengths: Tensor | None) -> BlockPlan:
         """The same structure for a call in which other keys are padding."""
         return replace(self, key_lengths=key_lengths)
+
+    @property
+    def why_not_plain(self) -> str | None:
+        """What sets the plan apart from plain block-sparse attention (equal blocks, no order, no tail), or None."""
+        if self.q_order is not None or self.k_order is not None:
+            return "a token order"
+        if self.q_starts is not None or self.k_starts is not None:
+            return "blocks of variable size"
+        return None if self.tail == "none" else f"tail={self.tail!r}"
 
     # -- shape ----------------------------------------------------------------------------------------
 
@@ -197,6 +246,14 @@ class BlockPlan:
         target = self.indices.long().masked_fill(~valid, self.num_k_blocks)
         shape = (*self.counts.shape, self.num_k_blocks + 1)
         return torch.zeros(shape, dtype=torch.bool, device=self.device).scatter_(-1, target, True)[..., :-1]
+
+    @cached_property
+    def key_lists(self) -> tuple[Tensor, Tensor]:
+        """The lists the other way round: ``counts [b, h, Nk]`` and ``indices [b, h, Nk, Nq]``, int32.
+
+        Which query blocks read each key block, ascending; a backward pass walks them.
+        """
+        return _lists(self.block_mask.mT)
 
     @cached_property
     def density(self) -> Tensor:
@@ -262,6 +319,15 @@ class BlockPlan:
                 "a query block keeps no key: every non-empty row must keep at least one readable key block"
             )
         return self
+
+
+def _lists(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """``counts [b, h, N]`` and ``indices [b, h, N, M]`` int32 of a block map ``[b, h, N, M]``, columns ascending."""
+    counts = mask.sum(dim=-1, dtype=torch.int32)
+    columns = torch.arange(mask.shape[-1], device=mask.device)
+    # Kept columns first, in ascending order: a stable sort on "not kept".
+    indices = torch.sort((~mask).to(torch.uint8), dim=-1, stable=True).indices
+    return counts, indices.masked_fill(columns >= counts[..., None], 0).to(torch.int32)
 
 
 def _edges(length: int, block: int, starts: Tensor | None, device: torch.device) -> Tensor:

@@ -70,14 +70,17 @@ def attend(
     return_lse: bool = False,
     scale: float | None = None,
 ) -> Any:
-    """Attention over the kept blocks of a plan, and its tail.
+    """Attention over the kept blocks of a plan, its tail, and its linear branch.
+
+    Gradients reach q, k, v with ``impl="torch"``, and with ``"triton"`` for plans of equal blocks without token order
+    and tail; they reach the projection of a linear branch with any.
 
     Args:
         q, k, v: ``[B, S, H, D]``, any strides; q and k may differ in length.
         plan: from ``dsattn.plan`` or a ``BlockPlan`` of your own.
         impl: ``"triton"``, ``"flex"`` (compiled FlexAttention), ``"torch"`` (gather + SDPA), ``"reference"`` (a
             plain loop, the specification) or ``"auto"`` (the first of ``dsattn.functional.AUTO`` that can run).
-        return_lse: also return the natural log of the softmax denominator.
+        return_lse: also return the natural log of the softmax denominator (a linear branch is not in it).
         scale: factor on q·k; None is ``1 / sqrt(D)``.
 
     Returns:
@@ -97,6 +100,11 @@ def attend(
         raise UsageError(f"the plan is on {plan.device}, q is on {q.device}; make the plan from tensors on {q.device}")
     name, _ = choose_impl(q, impl, plan)
     out, lse = _IMPLEMENTATIONS[name](q, k, v, plan, _scale(q, scale), return_lse)
+    if plan.linear is not None:
+        from dsattn.kernels import reference, sparse_linear
+
+        linear = reference.linear_attention if name == "reference" else sparse_linear.linear_attention
+        out = (out + linear(q, k, v, plan, plan.linear)).to(q.dtype)
     return (out, lse) if return_lse else out
 
 
@@ -110,7 +118,7 @@ def choose_impl(q: Tensor, impl: str = "auto", plan: BlockPlan | None = None) ->
     """
     require_choice("impl", impl, IMPLS)
     if impl != "auto":
-        if reason := why_not(q, impl):
+        if reason := why_not(q, impl, plan):
             raise ImplUnavailableError(f"impl={impl!r} cannot run: {reason}")
         return impl, "asked for"
     passed_over: list[str] = []
@@ -119,19 +127,22 @@ def choose_impl(q: Tensor, impl: str = "auto", plan: BlockPlan | None = None) ->
     if clusters and f"{kind} clusters" in AUTO:
         kind = f"{kind} clusters"
     for name in AUTO.get(kind, ("torch",)):
-        reason = why_not(q, name)
+        reason = why_not(q, name, plan)
         if reason is None:
             return name, "; ".join(passed_over) or f"best for {kind}"
         passed_over.append(f"{name}: {reason}")
     raise ImplUnavailableError(f"no implementation runs on {q.device}: {'; '.join(passed_over)}")
 
 
-def why_not(q: Tensor, impl: str) -> str | None:
-    """Reason why an implementation cannot run on a tensor like q, or None."""
+def why_not(q: Tensor, impl: str, plan: BlockPlan | None = None) -> str | None:
+    """Reason why an implementation cannot run on a tensor like q, or None; without a plan, for the plainest one."""
     if impl in ("torch", "reference"):
         return None
     if q.requires_grad and torch.is_grad_enabled():
-        return f"{impl} has no backward pass; use impl='torch' or torch.no_grad()"
+        if impl != "triton":
+            return f"{impl} has no backward pass; use impl='torch' or torch.no_grad()"
+        if plan is not None and (reason := plan.why_not_plain):
+            return f"triton has no backward pass for {reason}; use impl='torch' or torch.no_grad()"
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"{q.dtype} is not supported (float16, bfloat16, float32 are); use impl='torch' or 'reference'"
     if impl == "flex":
@@ -174,8 +185,10 @@ def _scale(q: Tensor, scale: float | None) -> float:
 def _triton(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, need_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    from dsattn.kernels import block_sparse
+    from dsattn.kernels import autograd, block_sparse
 
+    if autograd.needed(q, k, v):
+        return autograd.block_sparse_attention(q, k, v, plan, scale=scale, impl="triton")
     return block_sparse.block_sparse_attention(q, k, v, plan, scale=scale)
 
 
@@ -190,8 +203,10 @@ def _flex(
 def _torch(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, need_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    from dsattn.kernels import gather
+    from dsattn.kernels import autograd, gather
 
+    if autograd.needed(q, k, v) and plan.tail == "none":
+        return autograd.block_sparse_attention(q, k, v, plan, scale=scale, impl="torch")
     return gather.block_sparse_attention(q, k, v, plan, scale=scale, need_lse=need_lse)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsattn.block_plan import BlockPlan
+from dsattn.block_plan import BlockPlan, LinearTail
+from dsattn.kernels.feature_maps import EPSILON, feature_map
 
 
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, scale: float) -> tuple[Tensor, Tensor]:
@@ -58,6 +59,37 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, 
                 lse[b, h, rows] = logits.logsumexp(-1)
                 out[b, rows, h] = (logits.softmax(-1) @ torch.cat(values)).to(q.dtype)
     return out, lse
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, tail: LinearTail) -> Tensor:
+    """Projected linear attention of a plan: ``phi(q) H / (EPSILON + phi(q) Z)``, times ``weight.T``, plus ``bias``.
+
+    H and Z are the sums of ``phi(k) v.T`` and ``phi(k)`` over the readable keys of the tail's blocks.
+
+    Returns:
+        ``[B, Sq, H, Dv]`` fp32 (fp64 for fp64 inputs), to be added to the softmax's result.
+
+    """
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = torch.empty(*q.shape[:3], v.shape[-1], dtype=work, device=q.device)
+    block_q, block_k = (plan.q_len, plan.k_len) if tail.blocks is None else (plan.block_q, plan.block_k)
+    for b in range(plan.batch):
+        readable = plan.k_len if plan.key_lengths is None else int(plan.key_lengths[b])
+        for h in range(plan.heads):
+            qh, kh, vh = (x[b, :, h].to(work) for x in (q, k, v))
+            for i, start in enumerate(range(0, plan.q_len, block_q)):
+                phi_q = feature_map(qh[start : start + block_q], tail.feature_map)
+                state = torch.zeros(phi_q.shape[-1], v.shape[-1], dtype=work, device=q.device)
+                norm = torch.zeros(phi_q.shape[-1], dtype=work, device=q.device)
+                for j, first in enumerate(range(0, readable, block_k)):
+                    if tail.blocks is None or bool(_pick(tail.blocks, b, h)[i, j]):
+                        keys = slice(first, min(first + block_k, readable))
+                        phi_k = feature_map(kh[keys], tail.feature_map)
+                        state += phi_k.T @ vh[keys]
+                        norm += phi_k.sum(0)
+                linear = phi_q @ state / (EPSILON + phi_q @ norm)[:, None]
+                out[b, start : start + block_q, h] = linear @ tail.weight.to(work).T + tail.bias.to(work)
+    return out
 
 
 def _pick(x: Tensor, b: int, h: int) -> Tensor:
