@@ -164,8 +164,16 @@ _HALF = {
     "wgmma": {64: (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)), 128: (Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2))},
     "mfma": {64: (Tiles(64, 64, 4, 1), Tiles(32, 64, 4, 1)), 128: (Tiles(64, 32, 4, 1), Tiles(32, 64, 4, 1))},
 }
-_WIDE = (Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1))
-_SINGLE = {64: (Tiles(32, 32, 4, 1),) * 2, 128: (Tiles(16, 16, 4, 1),) * 2, 256: (Tiles(16, 16, 8, 1),) * 2}
+_WIDE = {
+    "mma": (Tiles(32, 16, 4, 1), Tiles(32, 32, 8, 1)),
+    "wgmma": (Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 1)),
+    "mfma": (Tiles(32, 16, 4, 1), Tiles(16, 32, 4, 1)),
+}
+_SINGLE = {
+    64: (Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1)),
+    128: (Tiles(16, 16, 8, 1), Tiles(16, 16, 4, 1)),
+    256: (Tiles(16, 16, 8, 1), Tiles(16, 16, 8, 1)),
+}
 _INTERPRETER = (Tiles(64, 64, 1, 1),) * 2
 
 
@@ -181,7 +189,7 @@ def pick_tiles(
     elif dtype == torch.float32:
         pair = _SINGLE[padded]
     else:
-        pair = _HALF[_matrix_unit(arch)].get(padded, _WIDE)
+        pair = _HALF[_matrix_unit(arch)].get(padded, _WIDE[_matrix_unit(arch)])
 
     def fit(tiles: Tiles) -> Tiles:
         block_m = min(tiles.block_m, max(16, triton.next_power_of_2(block_q)))

@@ -25,7 +25,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dsattn.kernels import block_sparse
+from dsattn.kernels import block_sparse, block_sparse_backward
 
 BUDGET = Path(__file__).resolve().parent.parent / "kernels" / "resource_budget.json"
 TARGETS = {
@@ -44,6 +44,11 @@ FEATURES = {
     "clusters": ("order", "starts"),
     "tail": ("tail",),
     "all": ("order", "starts", "tail", "key_lengths"),
+}
+# The kernels of the backward pass, which stand where features do; with the tiles each takes of the pair.
+BACKWARD = {
+    "backward q": (block_sparse_backward._backward_q, 0),
+    "backward kv": (block_sparse_backward._backward_kv, 1),
 }
 
 
@@ -70,6 +75,11 @@ VARIANTS = [
     Variant("fp16", 128, 128, 64, "fixed"),
     Variant("fp32", 64, 64, 64, "all"),
     Variant("fp32", 128, 64, 64, "fixed"),
+    *(
+        Variant(dtype, head_dim, 64, 64, kernel)
+        for dtype, head_dim in (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128))
+        for kernel in BACKWARD
+    ),
 ]
 
 
@@ -88,14 +98,24 @@ class Measured:
     error: str | None = None
 
 
-def source(variant: Variant, target: GPUTarget) -> tuple[ASTSource, block_sparse.Tiles]:
+def tiles_of(variant: Variant, target: GPUTarget) -> block_sparse.Tiles:
+    """Tile shape that the launcher would pick."""
+    shape = (variant.block_q, variant.block_k, variant.head_dim, DTYPES[variant.dtype], target.arch)
+    if variant.features in BACKWARD:
+        return block_sparse_backward.pick_tiles(*shape)[BACKWARD[variant.features][1]]
+    return block_sparse.pick_tiles(*shape)
+
+
+def source(variant: Variant, target: GPUTarget) -> ASTSource:
     """The kernel as the launcher would specialise it: contiguous head_dim, 16-byte aligned tensors and rows."""
+    if variant.features in BACKWARD:
+        return backward_source(variant, target)
     dtype, dim = DTYPES[variant.dtype], variant.head_dim
-    tiles = block_sparse.pick_tiles(variant.block_q, variant.block_k, dim, dtype, target.arch)
+    tiles = tiles_of(variant, target)
     has = {feature: feature in FEATURES[variant.features] for feature in FEATURES["all"]}
     element = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}[variant.dtype]
     padded = max(16, triton.next_power_of_2(dim))
-    pointers = {
+    pointers: dict[str, str | None] = {
         **dict.fromkeys(("Q", "K", "V", "Out"), element),
         **dict.fromkeys(("Lse",), "*fp32"),
         **dict.fromkeys(("Counts", "Indices"), "*i32"),
@@ -117,21 +137,45 @@ def source(variant: Variant, target: GPUTarget) -> tuple[ASTSource, block_sparse
         "stride_qd": 1, "stride_kd": 1, "stride_vd": 1,
     }  # fmt: skip
     constants.update({name: None for name, kind in pointers.items() if kind is None})
-    kernel = block_sparse._forward
+    return _specialised(block_sparse._forward, pointers, constants)
+
+
+def backward_source(variant: Variant, target: GPUTarget) -> ASTSource:
+    """A kernel of the backward pass, with key lengths."""
+    dim, tiles = variant.head_dim, tiles_of(variant, target)
+    element = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}[variant.dtype]
+    pointers: dict[str, str | None] = {
+        **dict.fromkeys(("Q", "K", "V", "DO", "DQ", "DK", "DV_"), element),
+        **dict.fromkeys(("Lse", "Delta"), "*fp32"),
+        **dict.fromkeys(("Counts", "Indices", "KeyLengths"), "*i32"),
+    }
+    padded = max(16, triton.next_power_of_2(dim))
+    constants: dict[str, Any] = {
+        "D": dim, "DV": dim, "BLOCK_D": padded, "BLOCK_DV": padded,
+        "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
+        "TILES_Q": triton.cdiv(variant.block_q, tiles.block_m), "TILES_K": triton.cdiv(variant.block_k, tiles.block_n),
+        "HAS_KEY_LENGTHS": True, "PRECISION": block_sparse.precision(DTYPES[variant.dtype], target.backend),
+        "stride_qd": 1, "stride_kd": 1, "stride_vd": 1, "stride_od": 1,
+    }  # fmt: skip
+    return _specialised(BACKWARD[variant.features][0], pointers, constants)
+
+
+def _specialised(kernel: Any, pointers: dict[str, str | None], constants: dict[str, Any]) -> ASTSource:
+    """Arguments without a kind are integers; pointers of kind None and constants are compiled in."""
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
-        kind = "fp32" if name == "scale" else pointers.get(name) or "i32"
+        kind = "fp32" if name in ("scale", "scale_log2") else pointers.get(name) or "i32"
         signature[name] = "constexpr" if name in constants else kind
-        aligned = kind.startswith("*") or re.fullmatch(r"stride_[qkvo][bsh]", name)
+        aligned = kind.startswith("*") or re.fullmatch(r"stride_[qkvogw][bsh]", name)
         if name not in constants and aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes), tiles
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def measure(variant: Variant, target_name: str) -> Measured:
     """Compile one variant; an error of the compiler is a result, not an exception."""
     target = TARGETS[target_name]
-    kernel, tiles = source(variant, target)
+    kernel, tiles = source(variant, target), tiles_of(variant, target)
     options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True}
     try:
         compiled = triton.compile(kernel, target=target, options=options)
@@ -228,9 +272,7 @@ def _table(results: dict[tuple[str, str], Measured]) -> Table:
     variants = {variant.name: variant for variant in VARIANTS}
     for (target, name), got in results.items():
         variant = variants[name]
-        tiles = block_sparse.pick_tiles(
-            variant.block_q, variant.block_k, variant.head_dim, DTYPES[variant.dtype], TARGETS[target].arch
-        )
+        tiles = tiles_of(variant, TARGETS[target])
         shape = f"{tiles.block_m}x{tiles.block_n} w{tiles.warps} s{tiles.stages}"
         cells = ["error"] if got.error else [str(getattr(got, column) or "-") for column in columns]
         table.add_row(target, name, shape, *cells)
