@@ -73,7 +73,8 @@ class RunState:
         storages: dict[int, int] = {}
         for entry in self.entries.values():
             plan = () if entry.plan is None else vars(entry.plan).values()
-            for value in (*plan, *entry.memory.values()):
+            linear = () if entry.plan is None or entry.plan.linear is None else vars(entry.plan.linear).values()
+            for value in (*plan, *linear, *entry.memory.values()):
                 if isinstance(value, Tensor):
                     storage = value.untyped_storage()
                     storages[storage.data_ptr()] = storage.nbytes()

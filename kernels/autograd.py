@@ -7,7 +7,7 @@ dK = scale * dS.T Q, dV = P.T dO. Which blocks are kept is not differentiated.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,13 +40,13 @@ def block_sparse_attention(
     """
     if reason := plan.why_not_plain if impl == "triton" or plan.tail != "none" else None:
         raise ImplUnavailableError(f"impl={impl!r} has no backward pass for {reason}; use torch.no_grad()")
-    out, lse = _Attention.apply(q, k, v, plan, scale, impl)  # type: ignore[no-untyped-call]
+    out, lse = _Attention.apply(q, k, v, plan, scale, impl)
     return out, lse
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, impl: str
     ) -> tuple[Tensor, Tensor]:
         if impl == "triton":
@@ -54,9 +54,8 @@ class _Attention(torch.autograd.Function):
 
             out, lse = block_sparse.block_sparse_attention(q, k, v, plan, scale=scale)
         else:
-            out, maybe = gather.block_sparse_attention(q, k, v, plan, scale=scale, need_lse=True)
-            assert maybe is not None
-            lse = maybe
+            out, found = gather.block_sparse_attention(q, k, v, plan, scale=scale, need_lse=True)
+            lse = cast(Tensor, found)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.scale, ctx.impl = plan, scale, impl
         return out, lse

@@ -177,9 +177,7 @@ _SINGLE = {
 _INTERPRETER = (Tiles(64, 64, 1, 1),) * 2
 
 
-def pick_tiles(
-    block_q: int, block_k: int, head_dim: int, dtype: torch.dtype, arch: int | str
-) -> tuple[Tiles, Tiles]:
+def pick_tiles(block_q: int, block_k: int, head_dim: int, dtype: torch.dtype, arch: int | str) -> tuple[Tiles, Tiles]:
     """Tile shapes of dQ and of dK and dV; same arguments and refusals as ``kernels.block_sparse.pick_tiles``."""
     if head_dim > 256:
         raise ImplUnavailableError(f"impl='triton' takes head_dim up to 256, got {head_dim}; pass impl='torch'")
@@ -193,9 +191,7 @@ def pick_tiles(
 
     def fit(tiles: Tiles) -> Tiles:
         block_m = min(tiles.block_m, max(16, triton.next_power_of_2(block_q)))
-        return Tiles(
-            block_m, min(tiles.block_n, max(16, triton.next_power_of_2(block_k))), tiles.warps, tiles.stages
-        )
+        return Tiles(block_m, min(tiles.block_n, max(16, triton.next_power_of_2(block_k))), tiles.warps, tiles.stages)
 
     return fit(pair[0]), fit(pair[1])
 

@@ -2,7 +2,8 @@
 
 Source: SLA (arXiv 2509.24006).
 Differs in: the projection is applied to the sums, not to the result, which saves a product over all tokens; sums over
-some of the blocks are added up directly instead of subtracted from the total, which would lose digits where little is left.
+some of the blocks are added up directly instead of subtracted from the total, which would lose digits where little is
+left.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def _some_heads(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, tail: LinearTa
 
 
 def _sums(phi_k: Tensor, values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """``[..., F, Dv]`` projected sums of ``phi(k) v.T`` and ``[..., F, 1]`` sums of ``phi(k)`` over the last but one."""
+    """Projected sums of ``phi(k) v.T``, ``[..., F, Dv]``, and sums of ``phi(k)``, ``[..., F, 1]``, over the tokens."""
     return phi_k.mT @ values @ weight.T, phi_k.sum(-2)[..., None]
 
 
