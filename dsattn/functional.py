@@ -101,10 +101,9 @@ def attend(
     name, _ = choose_impl(q, impl, plan)
     out, lse = _IMPLEMENTATIONS[name](q, k, v, plan, _scale(q, scale), return_lse)
     if plan.linear is not None:
-        from dsattn.kernels import reference, sparse_linear
+        from dsattn.kernels import sparse_linear
 
-        linear = reference.linear_attention if name == "reference" else sparse_linear.linear_attention
-        out = (out + linear(q, k, v, plan, plan.linear)).to(q.dtype)
+        out = sparse_linear.add_linear(out, q, k, v, plan, plan.linear, impl=name)
     return (out, lse) if return_lse else out
 
 

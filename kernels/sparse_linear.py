@@ -13,10 +13,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsattn.block_plan import BlockPlan, LinearTail
+from dsattn.kernels import autograd, reference
 from dsattn.kernels.feature_maps import EPSILON, feature_map
 
 # Numbers held at a time: heads are taken in groups that need no more.
 LIMIT = 1 << 27
+
+
+def add_linear(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, tail: LinearTail, *, impl: str
+) -> Tensor:
+    """``out``, the result of a plan's softmax, plus the linear branch, in out's dtype.
+
+    Args:
+        out: ``[B, Sq, H, Dv]``; with ``impl="triton"`` it is overwritten where nothing asks for a gradient.
+        q, k, v: ``[B, S, H, D]``.
+        plan, tail: the plan and its ``linear``.
+        impl: ``"reference"``, ``"triton"`` (a kernel over all keys, else as torch), any other name for torch.
+
+    """
+    if impl == "reference":
+        return (out + reference.linear_attention(q, k, v, plan, tail)).to(out.dtype)
+    recorded = autograd.needed(q, k, v, out, tail.weight, tail.bias)
+    if impl == "triton" and not recorded and tail.blocks is None and tail.feature_map != "hedgehog":
+        from dsattn.kernels import linear_attention as kernel
+
+        return kernel.add_linear(out, q, k, v, plan, tail)
+    return (out + linear_attention(q, k, v, plan, tail)).to(out.dtype)
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, tail: LinearTail) -> Tensor:

@@ -25,7 +25,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dsattn.kernels import block_sparse, block_sparse_backward
+from dsattn.kernels import block_sparse, block_sparse_backward, linear_attention
 
 BUDGET = Path(__file__).resolve().parent.parent / "kernels" / "resource_budget.json"
 TARGETS = {
@@ -50,6 +50,8 @@ BACKWARD = {
     "backward q": (block_sparse_backward._backward_q, 0),
     "backward kv": (block_sparse_backward._backward_kv, 1),
 }
+# The same for the linear branch.
+LINEAR = {"linear keys": (linear_attention._sum_keys, 0), "linear queries": (linear_attention._add_queries, 1)}
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ VARIANTS = [
     *(
         Variant(dtype, head_dim, 64, 64, kernel)
         for dtype, head_dim in (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128))
-        for kernel in BACKWARD
+        for kernel in (*BACKWARD, *LINEAR)
     ),
 ]
 
@@ -103,6 +105,8 @@ def tiles_of(variant: Variant, target: GPUTarget) -> block_sparse.Tiles:
     shape = (variant.block_q, variant.block_k, variant.head_dim, DTYPES[variant.dtype], target.arch)
     if variant.features in BACKWARD:
         return block_sparse_backward.pick_tiles(*shape)[BACKWARD[variant.features][1]]
+    if variant.features in LINEAR:
+        return linear_attention.pick_tiles(variant.head_dim, DTYPES[variant.dtype])[LINEAR[variant.features][1]]
     return block_sparse.pick_tiles(*shape)
 
 
@@ -110,6 +114,8 @@ def source(variant: Variant, target: GPUTarget) -> ASTSource:
     """The kernel as the launcher would specialise it: contiguous head_dim, 16-byte aligned tensors and rows."""
     if variant.features in BACKWARD:
         return backward_source(variant, target)
+    if variant.features in LINEAR:
+        return linear_source(variant, target)
     dtype, dim = DTYPES[variant.dtype], variant.head_dim
     tiles = tiles_of(variant, target)
     has = {feature: feature in FEATURES[variant.features] for feature in FEATURES["all"]}
@@ -160,11 +166,30 @@ def backward_source(variant: Variant, target: GPUTarget) -> ASTSource:
     return _specialised(BACKWARD[variant.features][0], pointers, constants)
 
 
+def linear_source(variant: Variant, target: GPUTarget) -> ASTSource:
+    """A kernel of the linear branch, with key lengths and the softmax feature map."""
+    dtype, dim, tiles = DTYPES[variant.dtype], variant.head_dim, tiles_of(variant, target)
+    kernel, index = LINEAR[variant.features]
+    element = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}[variant.dtype]
+    pointers: dict[str, str | None] = {
+        **dict.fromkeys(("Q", "K", "V", "Out"), element),
+        **dict.fromkeys(("State", "Norm", "Bias"), "*fp32"),
+        "KeyLengths": "*i32",
+    }
+    constants: dict[str, Any] = {
+        "D": dim, "DV": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "FEATURE_MAP": "softmax",
+        "PRECISION": linear_attention.precision(dtype, target.backend), "stride_qd": 1, "stride_kd": 1, "stride_vd": 1,
+        **({"BLOCK_M": tiles.block_m, "BLOCK_C": tiles.block_n} if index else
+           {"BLOCK_C": tiles.block_m, "BLOCK_N": tiles.block_n, "HAS_KEY_LENGTHS": True}),
+    }  # fmt: skip
+    return _specialised(kernel, pointers, {name: x for name, x in constants.items() if name in kernel.arg_names})
+
+
 def _specialised(kernel: Any, pointers: dict[str, str | None], constants: dict[str, Any]) -> ASTSource:
     """Arguments without a kind are integers; pointers of kind None and constants are compiled in."""
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
-        kind = "fp32" if name in ("scale", "scale_log2") else pointers.get(name) or "i32"
+        kind = "fp32" if name in ("scale", "scale_log2", "epsilon") else pointers.get(name) or "i32"
         signature[name] = "constexpr" if name in constants else kind
         aligned = kind.startswith("*") or re.fullmatch(r"stride_[qkvogw][bsh]", name)
         if name not in constants and aligned:
