@@ -45,7 +45,7 @@ def _store(X, values, positions, in_range, dims, stride_s, D: tl.constexpr, BLOC
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _backward_q(  # type: ignore[no-untyped-def]
-    Q, K, V, DO, Lse, Delta, DQ, Counts, Indices, KeyLengths,
+    Q, K, V, GradOut, Lse, Delta, GradQ, Counts, Indices, KeyLengths,
     stride_qb, stride_qs, stride_qh, stride_qd,
     stride_kb, stride_ks, stride_kh, stride_kd,
     stride_vb, stride_vs, stride_vh, stride_vd,
@@ -70,7 +70,7 @@ def _backward_q(  # type: ignore[no-untyped-def]
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
     q = _tile(Q + b * stride_qb + h * stride_qh, rows, in_block, dims, stride_qs, stride_qd, D, BLOCK_D)
-    do = _tile(DO + b * stride_ob + h * stride_oh, rows, in_block, dims_v, stride_os, stride_od, DV, BLOCK_DV)
+    do = _tile(GradOut + b * stride_ob + h * stride_oh, rows, in_block, dims_v, stride_os, stride_od, DV, BLOCK_DV)
     per_row = (b * heads + h) * q_len + rows
     lse = tl.load(Lse + per_row, mask=in_block, other=float("inf"))
     delta = tl.load(Delta + per_row, mask=in_block, other=0.0)
@@ -93,12 +93,12 @@ def _backward_q(  # type: ignore[no-untyped-def]
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = tl.where(in_range[None, :], p * (dp - delta[:, None]), 0.0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    _store(DQ + b * stride_gb + h * stride_gh, dq * scale, rows, in_block, dims, stride_gs, D, BLOCK_D)
+    _store(GradQ + b * stride_gb + h * stride_gh, dq * scale, rows, in_block, dims, stride_gs, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _backward_kv(  # type: ignore[no-untyped-def]
-    Q, K, V, DO, Lse, Delta, DK, DV_, Counts, Indices, KeyLengths,
+    Q, K, V, GradOut, Lse, Delta, GradK, GradV, Counts, Indices, KeyLengths,
     stride_qb, stride_qs, stride_qh, stride_qd,
     stride_kb, stride_ks, stride_kh, stride_kd,
     stride_vb, stride_vs, stride_vh, stride_vd,
@@ -129,7 +129,7 @@ def _backward_kv(  # type: ignore[no-untyped-def]
     k = _tile(K + b * stride_kb + h * stride_kh, keys, in_range, dims, stride_ks, stride_kd, D, BLOCK_D)
     v = _tile(V + b * stride_vb + h * stride_vh, keys, in_range, dims_v, stride_vs, stride_vd, DV, BLOCK_DV)
     Q += b * stride_qb + h * stride_qh
-    DO += b * stride_ob + h * stride_oh
+    GradOut += b * stride_ob + h * stride_oh
     Lse += (b * heads + h) * q_len
     Delta += (b * heads + h) * q_len
     Indices += b * stride_ib + h * stride_ih + block.to(tl.int64) * stride_ii
@@ -142,7 +142,7 @@ def _backward_kv(  # type: ignore[no-untyped-def]
         rows = i * block_q + (t % TILES_Q) * BLOCK_M + queries
         in_block = rows < tl.minimum((i + 1) * block_q, q_len)
         q = _tile(Q, rows, in_block, dims, stride_qs, stride_qd, D, BLOCK_D)
-        do = _tile(DO, rows, in_block, dims_v, stride_os, stride_od, DV, BLOCK_DV)
+        do = _tile(GradOut, rows, in_block, dims_v, stride_os, stride_od, DV, BLOCK_DV)
         # Rows outside of the block have weight exp2(-inf) = 0; so have keys that may not be read, by the mask.
         lse = tl.load(Lse + rows, mask=in_block, other=float("inf"))
         delta = tl.load(Delta + rows, mask=in_block, other=0.0)
@@ -153,8 +153,8 @@ def _backward_kv(  # type: ignore[no-untyped-def]
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     in_block = keys < end
-    _store(DK + b * stride_gb + h * stride_gh, dk * scale, keys, in_block, dims, stride_gs, D, BLOCK_D)
-    _store(DV_ + b * stride_wb + h * stride_wh, dv, keys, in_block, dims_v, stride_ws, DV, BLOCK_DV)
+    _store(GradK + b * stride_gb + h * stride_gh, dk * scale, keys, in_block, dims, stride_gs, D, BLOCK_D)
+    _store(GradV + b * stride_wb + h * stride_wh, dv, keys, in_block, dims_v, stride_ws, DV, BLOCK_DV)
 
 
 # Tiles without spills by kind of matrix unit and padded head_dim, for (dQ, dK and dV); scripts/aot_report.py shows
@@ -191,7 +191,10 @@ def pick_tiles(block_q: int, block_k: int, head_dim: int, dtype: torch.dtype, ar
 
     def fit(tiles: Tiles) -> Tiles:
         block_m = min(tiles.block_m, max(16, triton.next_power_of_2(block_q)))
-        return Tiles(block_m, min(tiles.block_n, max(16, triton.next_power_of_2(block_k))), tiles.warps, tiles.stages)
+        block_n = min(tiles.block_n, max(16, triton.next_power_of_2(block_k)))
+        # Smaller tiles need fewer warps to hold them.
+        warps = tiles.warps if (block_m, block_n) == tiles[:2] else min(tiles.warps, 4)
+        return Tiles(block_m, block_n, warps, tiles.stages)
 
     return fit(pair[0]), fit(pair[1])
 

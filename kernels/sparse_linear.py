@@ -20,9 +20,7 @@ from dsattn.kernels.feature_maps import EPSILON, feature_map
 LIMIT = 1 << 27
 
 
-def add_linear(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, tail: LinearTail, *, impl: str
-) -> Tensor:
+def add_linear(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, tail: LinearTail, *, impl: str) -> Tensor:
     """``out``, the result of a plan's softmax, plus the linear branch, in out's dtype.
 
     Args:

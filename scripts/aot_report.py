@@ -151,7 +151,7 @@ def backward_source(variant: Variant, target: GPUTarget) -> ASTSource:
     dim, tiles = variant.head_dim, tiles_of(variant, target)
     element = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}[variant.dtype]
     pointers: dict[str, str | None] = {
-        **dict.fromkeys(("Q", "K", "V", "DO", "DQ", "DK", "DV_"), element),
+        **dict.fromkeys(("Q", "K", "V", "GradOut", "GradQ", "GradK", "GradV"), element),
         **dict.fromkeys(("Lse", "Delta"), "*fp32"),
         **dict.fromkeys(("Counts", "Indices", "KeyLengths"), "*i32"),
     }

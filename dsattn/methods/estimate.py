@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from dsattn.block_plan import BlockPlan
+from dsattn.block_plan import BlockPlan, LinearTail
 from dsattn.grid import VideoGrid
 from dsattn.kernels.pooling import pool_blocks
+from dsattn.kernels.sparse_linear import linear_attention
 
 
 @lru_cache(maxsize=64)
@@ -57,7 +58,19 @@ class RowSample:
             tail = self.q @ k_pool.mT * self.q.shape[-1] ** -0.5 + log_count[:, :, None]
             logits = torch.cat([logits, tail.masked_fill(plan.kept_blocks(self.rows), -torch.inf)], -1)
             values = torch.cat([values, v_pool], 2)
-        return relative_error(logits.softmax(-1) @ values, self.exact)
+        found = logits.softmax(-1) @ values
+        return relative_error(found if plan.linear is None else found + self._linear(plan, plan.linear), self.exact)
+
+    def _linear(self, plan: BlockPlan, tail: LinearTail) -> Tensor:
+        """``[B, H, R, D]``: the plan's linear branch on the sampled rows, each a query block of its own."""
+        if tail.blocks is not None:
+            tail = replace(tail, blocks=tail.blocks[:, :, self.rows // plan.block_q])
+        mask = torch.ones(1, 1, len(self.rows), 1, dtype=torch.bool, device=self.q.device)
+        rows = BlockPlan.from_mask(
+            mask, len(self.rows), plan.k_len, batch=plan.batch, heads=plan.heads, block_q=1, block_k=plan.block_k,
+            key_lengths=plan.key_lengths,
+        )  # fmt: skip
+        return linear_attention(self.q.transpose(1, 2), self.k, self.v, rows, tail).transpose(1, 2)
 
 
 def relative_error(approximate: Tensor, exact: Tensor) -> Tensor:

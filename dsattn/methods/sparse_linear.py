@@ -21,7 +21,7 @@ from dsattn.errors import UsageError
 from dsattn.grid import Call
 from dsattn.methods.base import Memory, Method, keep_exact_segments
 from dsattn.methods.projections import Projections
-from dsattn.methods.scores import mean_pool
+from dsattn.methods.scores import block_sizes, mean_pool
 
 BLOCKS = (16, 32, 64, 128)
 LinearScope = Literal["global", "complement", "marginal"]
@@ -111,8 +111,9 @@ def classify(q: Tensor, k: Tensor, call: Call, config: SparseLinearConfig) -> tu
     Blocks are ranked, row by row, by the product of mean query and mean key. Keys are taken relative to their mean over
     the sequence, which shifts all scores of a row alike and keeps them small.
     """
-    keys = mean_pool(k, config.block_k) - k.float().mean(1)[:, :, None]
-    scores = mean_pool(q, config.block_q) @ keys.mT
+    keys = mean_pool(k, config.block_k)
+    shares = block_sizes(k.shape[1], config.block_k, k.device)[:, None] / k.shape[1]
+    scores = mean_pool(q, config.block_q) @ (keys - (keys * shares).sum(2, keepdim=True)).mT
     blocks = scores.shape[-1]
     best, worst = max(1, int(config.critical * blocks)), int(config.negligible * blocks)
     ranked = scores.sort(dim=-1, descending=True, stable=True).indices
