@@ -66,7 +66,7 @@ def phi(x: Tensor, name: str) -> Tensor:
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, exact: Tensor, linear: Tensor, weight, bias, name: str) -> Tensor:
-    """Token by token over the whole matrix: softmax over ``exact``, feature products over ``linear``, both [.., S, S]."""
+    """Softmax over the pairs ``exact``, feature products over ``linear``, both ``[.., S, S]``."""
     q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
     logits = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~exact, -torch.inf)
     products = (phi(q, name) @ phi(k, name).mT).masked_fill(~linear, 0)
@@ -104,7 +104,7 @@ def linear_pairs(scope: str, critical: Tensor, marginal: Tensor) -> Tensor:
 def check(out: Tensor, want: Tensor, v: Tensor) -> None:
     """Rounded are the softmax's weights and result and the sum; TF32 on a GPU holds as many digits as half precision.
 
-    Softmax and linear attention are means of values, the projection's rows sum to about one: ``4 * max |v|`` bounds all.
+    Softmax and linear attention are means of values, rows of the projection sum to about one: 4 max |v| bounds all.
     """
     unit = torch.finfo(out.dtype).eps / 2 + 64 * 2.0**-24
     allowed = unit * (4 * float(v.abs().max()) + float(want.abs().max()))
