@@ -340,6 +340,23 @@ def test_gradients_against_the_oracle(scope, impl):
         assert error <= 2.0**-24 * 64 * max(1.0, float(expected.abs().max()))
 
 
+def test_training_the_projection_lowers_the_error():
+    grid = VideoGrid(3, 8, 8)
+    qkv = [x * 0.5 for x in tensors(grid)]
+    made, want = plan(qkv, Call(0, 0, grid), critical=0.3), dense(qkv)
+    weight, bias = torch.zeros(32, 32, requires_grad=True), torch.zeros(32, requires_grad=True)
+    optimizer = torch.optim.Adam([weight, bias], lr=0.02)
+    errors = []
+    for _ in range(40):
+        out = dsattn.attend(*qkv, dataclasses.replace(made, linear=LinearTail(weight, bias)), impl="torch")
+        errors.append((out - want).square().mean())
+        optimizer.zero_grad()
+        errors[-1].backward()
+        optimizer.step()
+    assert torch.isclose(errors[0], (dsattn.attend(*qkv, made, impl="torch") - want).square().mean())
+    assert errors[-1] < 0.9 * errors[0]
+
+
 # -- weights ------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,9 @@
 Source: SLA (arXiv 2509.24006) and its published code; ``linear_scope`` names the three variants found there.
 Differs in: selection in fp32; at least one block per row, so that short sequences run; text and prefix blocks are
 always exact; without weights the projection is zero, as in a fresh SLA layer, and the linear branch is not computed.
+
+To train, put parameters into the plan, ``dataclasses.replace(plan, linear=LinearTail(weight, bias))``, and call
+``dsattn.attend``: gradients reach them and q, k, v.
 """
 
 from __future__ import annotations
