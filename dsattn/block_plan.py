@@ -27,7 +27,7 @@ class LinearTail:
 
     Args:
         weight, bias: ``[D, D]`` and ``[D]``: ``out += linear @ weight.T + bias``, the same for all heads.
-        feature_map: applied to queries and keys, see ``dsattn.kernels.sparse_linear``.
+        feature_map: applied to queries and keys, see ``dsattn.kernels.feature_maps``.
         blocks: ``[b, h, Nq, Nk]`` bool, the key blocks that enter for each query block; None means all keys.
 
     """

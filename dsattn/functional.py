@@ -98,6 +98,12 @@ def attend(
         raise UsageError(f"the plan is for (batch, queries, heads, keys) {want}, got tensors with {came}")
     if plan.device != q.device:
         raise UsageError(f"the plan is on {plan.device}, q is on {q.device}; make the plan from tensors on {q.device}")
+    if plan.linear is not None and (len(plan.linear.bias), plan.linear.bias.device) != (v.shape[-1], q.device):
+        weight = plan.linear.weight
+        raise UsageError(
+            f"the plan's linear.weight must be [{v.shape[-1]}, {v.shape[-1]}] on {q.device} like q, k, v, got "
+            f"{list(weight.shape)} on {weight.device}"
+        )
     name, _ = choose_impl(q, impl, plan)
     out, lse = _IMPLEMENTATIONS[name](q, k, v, plan, _scale(q, scale), return_lse)
     if plan.linear is not None:

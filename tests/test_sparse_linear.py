@@ -142,7 +142,8 @@ def test_a_shift_of_all_keys_changes_nothing():
 def test_short_sequences_keep_one_block(grid):
     qkv = tensors(grid)
     made = plan(qkv, Call(0, 0, grid), critical=0.01)
-    assert (made.counts == 1).all() and dsattn.attend(*qkv, made).isfinite().all()
+    assert (made.counts == 1).all() and made.indices.shape[-1] == 1
+    assert dsattn.attend(*qkv, made).isfinite().all()
 
 
 @pytest.mark.parametrize("grid", [GRID, VideoGrid(4, 9, 11, text=70, text_first=True), VideoGrid(4, 9, 11, prefix=30)])
@@ -467,6 +468,13 @@ def test_key_lengths_reach_the_linear_branch(weights):
     torch.testing.assert_close(
         dsattn.attend(q, k, v, plan_before.with_key_lengths(lengths.int()), impl="reference"), clean
     )
+
+
+def test_a_projection_for_another_head_dim_is_refused():
+    q, k, v = tensors(GRID, dim=64)
+    made = dataclasses.replace(plan((q, k, v)), linear=LinearTail(*projection(32)))
+    with pytest.raises(dsattn.UsageError, match=r"linear\.weight must be \[64, 64\] on cpu .* got \[32, 32\] on cpu"):
+        dsattn.attend(q, k, v, made)
 
 
 def test_plans_check_their_linear_tail():

@@ -10,7 +10,7 @@ To train, put parameters into the plan, ``dataclasses.replace(plan, linear=Linea
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -96,7 +96,7 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SparseLinearConfig
     if projection is not None:
         blocks = {"global": None, "complement": ~critical, "marginal": marginal}[config.linear_scope]
         linear = LinearTail(*projection, feature_map=config.feature_map, blocks=blocks)
-    return BlockPlan.from_mask(
+    made = BlockPlan.from_mask(
         critical,
         length,
         length,
@@ -106,6 +106,15 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SparseLinearConfig
         block_k=config.block_k,
         linear=linear,
     )
+    if call.grid.exact_segments:
+        return made
+    # All rows keep as many blocks: a cached plan holds no longer lists.
+    return replace(made, indices=made.indices[..., : _best(config, made.num_k_blocks)].contiguous())
+
+
+def _best(config: SparseLinearConfig, blocks: int) -> int:
+    """Critical blocks per row, text and prefix aside."""
+    return max(1, int(config.critical * blocks))
 
 
 def classify(q: Tensor, k: Tensor, call: Call, config: SparseLinearConfig) -> tuple[Tensor, Tensor]:
@@ -118,7 +127,7 @@ def classify(q: Tensor, k: Tensor, call: Call, config: SparseLinearConfig) -> tu
     shares = block_sizes(k.shape[1], config.block_k, k.device)[:, None] / k.shape[1]
     scores = mean_pool(q, config.block_q) @ (keys - (keys * shares).sum(2, keepdim=True)).mT
     blocks = scores.shape[-1]
-    best, worst = max(1, int(config.critical * blocks)), int(config.negligible * blocks)
+    best, worst = _best(config, blocks), int(config.negligible * blocks)
     ranked = scores.sort(dim=-1, descending=True, stable=True).indices
     place = torch.arange(blocks, device=q.device).expand_as(ranked)
     rank = torch.empty_like(ranked).scatter_(-1, ranked, place)
