@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
+from dsattn.head_profile import DENSITIES, LayerProfile
 from dsattn.kernels.pooling import pool_blocks
 from dsattn.methods.estimate import RowSample, relative_error
 from dsattn.methods.ranked import Ranked
-
-# Densities that are told apart, a factor of about 1.35 from one to the next; the last one is dense attention.
-DENSITIES = (0.01, 0.014, 0.02, 0.028, 0.04, 0.055, 0.075, 0.1, 0.14, 0.2, 0.28, 0.4, 1.0)
 
 
 @dataclass(frozen=True)
@@ -99,36 +97,21 @@ def _densities(ranked: Ranked, plan: BlockPlan, ladder: Tensor) -> Tensor:
     return torch.stack([(share * queries).sum(-1) for share in read]).expand(-1, plan.batch, plan.heads)
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the heads of one layer can choose from: O options, one per candidate and density.
-
-    error, cost: ``[O, B, H]``; weight: ``[B, H]``, each head's share of the layer's squared output.
-    """
-
-    error: Tensor
-    cost: Tensor
-    weight: Tensor
-
-
-def allocate(layers: Sequence[Options], *, target: float | None = None, cost: float | None = None) -> list[Tensor]:
-    """Cheapest choice of all heads together that meets a target, or the best that a mean cost can buy.
+def allocate(layers: Sequence[LayerProfile], *, target: float | None = None, cost: float | None = None) -> None:
+    """Set the choice of all heads together: the cheapest that meets a target, or the best that a mean cost can buy.
 
     One price of error, the same for all heads of all layers, decides: every head takes the option with the least
     cost + price × share of the layer's squared output × squared relative error. The price is found by bisection,
     for every batch row of its own.
 
     Args:
-        layers: what there is to choose from, layer by layer.
+        layers: their ``choice`` is set.
         target: relative L2 error of a layer's output, root mean square over layers.
         cost: mean over heads and layers; used where ``target`` is None.
 
-    Returns:
-        ``[B, H]`` int64 per layer: the index of the option.
-
     """
-    errors = [x.weight.double() * x.error.double().square() for x in layers]
-    costs = [x.cost.double() for x in layers]
+    errors = [x.weight.double() * x.error.flatten(0, 1).double().square() for x in layers]
+    costs = [x.cost.flatten(0, 1).double() for x in layers]
     rows = errors[0].shape[1]
     low, high = (torch.full((rows,), edge, dtype=torch.float64) for edge in (-30.0, 30.0))
 
@@ -149,4 +132,5 @@ def allocate(layers: Sequence[Options], *, target: float | None = None, cost: fl
             # The dearest price that the budget still pays.
             enough = total(costs, chosen) / heads > (cost or 0.0)
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-    return choose(high if target is not None else low)
+    for layer, choice in zip(layers, choose(high if target is not None else low), strict=True):
+        layer.choice = choice

@@ -54,7 +54,7 @@ def test_does_not_import_optional_packages():
 LAYERS = [
     ("errors", "grid", "block_plan", "config", "orders"),
     ("kernels",),
-    ("mix", "profiler", "methods"),
+    ("head_profile", "mix", "profiler", "methods"),
     ("functional",),
     ("schedule", "state", "stats"),
     ("engine",),

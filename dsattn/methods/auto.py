@@ -10,7 +10,9 @@ Source: online profiling by sampled rows, Sparse VideoGen (arXiv 2502.01776); bu
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from dsattn.block_plan import BlockPlan
 from dsattn.config import require, require_budget
 from dsattn.errors import UsageError
 from dsattn.grid import Call
+from dsattn.head_profile import HeadProfile, LayerProfile
 from dsattn.methods import radial, semantic, spatial_temporal, topk
 from dsattn.methods.base import Memory, Method, RankFunction
 from dsattn.methods.estimate import RowSample, sample_rows
@@ -29,7 +32,7 @@ from dsattn.methods.semantic import SemanticConfig
 from dsattn.methods.spatial_temporal import SpatialTemporalConfig
 from dsattn.methods.topk import TopkConfig
 from dsattn.mix import join_plans, split_heads
-from dsattn.profiler import DENSITIES, Curve, Options, allocate, trace
+from dsattn.profiler import Curve, allocate, trace
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class AutoConfig:
         candidates: names out of ``CANDIDATES``.
         rows: sampled queries that judge them; at least 1.
         seed: draws the rows, and whatever the candidates draw.
+        profile: JSON file of a ``HeadProfile``; its measurements and candidates are used, nothing is measured.
 
     """
 
@@ -74,6 +78,7 @@ class AutoConfig:
     candidates: tuple[str, ...] = ("semantic", "topk", "spatial_temporal")
     rows: int = 64
     seed: int = 0
+    profile: str | Path | None = None
 
     def __post_init__(self) -> None:
         require_budget(0.0, target_error=self.target_error, cost=self.cost)
@@ -85,45 +90,14 @@ class AutoConfig:
             raise UsageError(f"candidates must be different names out of {', '.join(CANDIDATES)}; got {names!r}")
         require("rows", self.rows, int, low=1)
         require("seed", self.seed, int)
+        if self.profile is not None:
+            require("profile", self.profile, (str, Path))
+            object.__setattr__(self, "profile", str(self.profile))
 
-
-@dataclass
-class LayerProfile:
-    """What was measured of one layer, on the CPU; C candidates, n densities.
-
-    step: when. candidates: their names. error, recall, density, cost: ``[C, n, B, H]``. weight: ``[B, H]``, share of
-    the layer's squared output. choice: ``[B, H]`` index into the flattened C × n options, empty until allocated.
-    """
-
-    step: int
-    candidates: tuple[str, ...]
-    error: Tensor
-    recall: Tensor
-    density: Tensor
-    cost: Tensor
-    weight: Tensor
-    choice: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-
-
-@dataclass
-class ModelProfile:
-    """Profiles of all layers of one (model, branch), by layer."""
-
-    layers: dict[int, LayerProfile] = field(default_factory=dict)
-
-    def forget_choices(self) -> None:
-        """Choose anew before the next plan."""
-        for profile in self.layers.values():
-            profile.choice = profile.choice[:0]
-
-    def allocate(self, config: AutoConfig) -> None:
-        """Choose for all layers at once."""
-        profiles = list(self.layers.values())
-        options = [Options(p.error.flatten(0, 1), p.cost.flatten(0, 1), p.weight) for p in profiles]
-        for profile, choice in zip(
-            profiles, allocate(options, target=config.target_error, cost=config.cost), strict=True
-        ):
-            profile.choice = choice
+    @cached_property
+    def measured(self) -> HeadProfile | None:
+        """The profile file, read once per config."""
+        return None if self.profile is None else HeadProfile.load(self.profile)
 
 
 def observe(q: Tensor, k: Tensor, v: Tensor, call: Call, config: AutoConfig, memory: Memory) -> None:
@@ -133,6 +107,8 @@ def observe(q: Tensor, k: Tensor, v: Tensor, call: Call, config: AutoConfig, mem
         q, k, v: ``[B, S, H, D]`` after norm and RoPE; S must equal ``call.grid.tokens``.
 
     """
+    if config.measured is not None:
+        return
     batch, length, heads, _ = q.shape
     rows = sample_rows(call.grid, config.rows, config.seed).to(q.device)
     group = max(1, WEIGHTS // (len(rows) * length))
@@ -159,7 +135,8 @@ def observe(q: Tensor, k: Tensor, v: Tensor, call: Call, config: AutoConfig, mem
     density = gather("density")
     extra = torch.tensor([curves[0].tail + CANDIDATES[name].planning for name, curves in traced.items()])
     norm = torch.cat(norms).view(batch, heads).cpu()
-    _model(memory).layers[call.layer] = LayerProfile(
+    layers = _layers(memory)
+    layers[call.layer] = LayerProfile(
         step=call.step,
         candidates=config.candidates,
         error=gather("error"),
@@ -168,7 +145,9 @@ def observe(q: Tensor, k: Tensor, v: Tensor, call: Call, config: AutoConfig, mem
         cost=density + extra[:, None, None, None],
         weight=norm / norm.sum(1, keepdim=True).clamp(min=torch.finfo(norm.dtype).tiny),
     )
-    _model(memory).forget_choices()
+    # Every layer chooses anew, now that one more is known.
+    for profile in layers.values():
+        profile.choice = profile.choice[:0]
 
 
 def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: AutoConfig, memory: Memory) -> BlockPlan:
@@ -178,18 +157,18 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: AutoConfig, memory
         q, k, v: ``[B, S, H, D]`` after norm and RoPE; S must equal ``call.grid.tokens``.
 
     """
-    model = _model(memory)
-    if call.layer not in model.layers:
+    layers = _layers(memory)
+    if config.measured is not None and not layers:
+        layers.update(config.measured.layers_of(call, q.shape[0], q.shape[2]))
+    if call.layer not in layers:
         observe(q, k, v, call, config, memory)
-    profile = model.layers[call.layer]
+    profile = layers[call.layer]
     if not len(profile.choice):
-        model.allocate(config)
-    choice = profile.choice.flatten()
-    places = len(DENSITIES)
-    density = torch.tensor(DENSITIES)[choice % places].to(q.device)
+        allocate(list(layers.values()), target=config.target_error, cost=config.cost)
+    which, density = profile.chosen()
     parts = []
     for index, name in enumerate(profile.candidates):
-        chosen = (choice // places == index).nonzero().squeeze(1)
+        chosen = (which.flatten() == index).nonzero().squeeze(1)
         if len(chosen):
             heads = chosen.to(q.device)
             own = _recall(memory, name, heads)
@@ -197,7 +176,7 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: AutoConfig, memory
                 name, (split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)), call, config, own
             )
             _remember(memory, name, heads, own)
-            parts.append((heads, ranked.at(density[heads][None])))
+            parts.append((heads, ranked.at(density.flatten()[chosen].to(q.device)[None])))
     return join_plans(parts, q.shape[0], q.shape[2])
 
 
@@ -227,9 +206,10 @@ def _remember(memory: Memory, name: str, heads: Tensor, own: Memory) -> None:
         memory[f"{name}/{key}"] = value
 
 
-def _model(memory: Memory) -> ModelProfile:
-    model: ModelProfile = memory.shared.setdefault("auto", ModelProfile())
-    return model
+def _layers(memory: Memory) -> dict[int, LayerProfile]:
+    """What is known of all layers of this (model, branch), by layer."""
+    layers: dict[int, LayerProfile] = memory.shared.setdefault("auto", {})
+    return layers
 
 
 METHOD = Method(
