@@ -2,7 +2,7 @@
 
 The specification is the torch code in ``kernels.kmeans``. Facts on the streamed search and on the update from sorted
 labels: flash-kmeans (svg-project). Differs in: no atomic additions, so the same tokens give the same bits; the sort is
-handed on as the permutation; half-precision tokens meet fp32 centroids without loss (two products instead of one).
+handed on as the permutation; half-precision tokens meet centroids of twice their digits (two products).
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     centroids = centroids.contiguous()
     high, low = centroids, None
     if x.dtype != torch.float32:
-        # A half-precision token is exact in the matrix unit; a centroid is the sum of two such numbers.
+        # A half-precision token is exact in the matrix unit; two such numbers hold a centroid to 16 bits or more.
         high = centroids.to(x.dtype)
         low = (centroids - high).to(x.dtype)
     offset = centroids.square().sum(-1) / 2
