@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,8 @@ def pool_blocks(k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor, 
     """Mean key, mean value and log size of every key block, over the keys that may be read.
 
     Sums run in fp32 (fp64 for fp64 inputs) per block, never as differences of a running sum, which would lose
-    digits over a long sequence. Nothing is read back to the host.
+    digits over a long sequence. Nothing is read back to the host. On a GPU the means come from Triton
+    (``kernels.segments_triton``); the torch code is its specification.
 
     Args:
         k, v: ``[B, Sk, H, D]`` and ``[B, Sk, H, Dv]``, any strides.
@@ -23,6 +26,20 @@ def pool_blocks(k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor, 
         without readable keys has mean 0 and log count -inf.
 
     """
+    if runs_triton(k, v):
+        from dsattn.kernels.segments_triton import segment_means
+
+        def means(x: Tensor) -> Tensor:
+            return segment_means(
+                x,
+                plan.num_k_blocks,
+                block=plan.block_k,
+                order=plan.k_order,
+                starts=plan.k_starts,
+                key_lengths=plan.key_lengths,
+            )
+
+        return means(k), means(v), plan.k_sizes.clamp(min=0).expand(plan.batch, plan.heads, -1).float().log()
     work = torch.float64 if k.dtype == torch.float64 else torch.float32
     sizes = plan.k_sizes.clamp(min=0).expand(plan.batch, plan.heads, -1).to(work)
     # A mean over one key at least: empty blocks divide their zero sum by one.
@@ -91,3 +108,21 @@ def segment_sums(x: Tensor, labels: Tensor, count: int, work: torch.dtype = torc
     sizes.scatter_add_(2, labels, torch.ones_like(labels))
     sums = torch.segment_reduce(runs, "sum", lengths=sizes.flatten(), axis=0, unsafe=True)
     return sums.view(batch, heads, -1, dim)[:, :, :count]
+
+
+def runs_triton(*tensors: Tensor) -> bool:
+    """Whether Triton kernels take these tensors ``[..., D]``: on a GPU, known dtypes, D up to 256, no gradient."""
+    kernels_take = all(
+        x.is_cuda and x.dtype in (torch.float16, torch.bfloat16, torch.float32) and x.shape[-1] <= 256 for x in tensors
+    )
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return kernels_take and not gradient and _has_triton()
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""Compiles the Triton attention kernel for many GPUs, on a machine without any, and shows what it needs there.
+"""Compiles the Triton kernels for many GPUs, on a machine without any, and shows what it needs there.
 
 `python scripts/aot_report.py` prints registers, spills, shared memory and the matrix and copy instructions of every
 variant. `--check` compares with kernels/resource_budget.json and fails on a spill or a compile error too many.
@@ -25,7 +25,14 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dsattn.kernels import block_sparse, block_sparse_backward, linear_attention
+from dsattn.kernels import (
+    block_sparse,
+    block_sparse_backward,
+    cluster_errors_triton,
+    kmeans_triton,
+    linear_attention,
+    segments_triton,
+)
 
 BUDGET = Path(__file__).resolve().parent.parent / "kernels" / "resource_budget.json"
 TARGETS = {
@@ -69,7 +76,23 @@ class Variant:
         return f"{self.dtype} d{self.head_dim} {self.block_q}x{self.block_k} {self.features}"
 
 
-VARIANTS = [
+@dataclass(frozen=True)
+class Helper:
+    """One specialisation of a kernel that makes or completes plans, all its features on.
+
+    kernel: "assign" (k-means), "errors" (of pooled clusters, in the output) or "means" (over runs of positions).
+    """
+
+    kernel: str
+    dtype: str
+    head_dim: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel} {self.dtype} d{self.head_dim}"
+
+
+VARIANTS: list[Variant | Helper] = [
     *(Variant("bf16", 128, 128, 64, features) for features in FEATURES),
     Variant("bf16", 128, 64, 64, "fixed"),
     Variant("bf16", 64, 128, 64, "all"),
@@ -82,6 +105,11 @@ VARIANTS = [
         for dtype, head_dim in (("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128))
         for kernel in (*BACKWARD, *LINEAR)
     ),
+    *(Helper("assign", dtype, dim) for dtype in ("bf16", "fp32") for dim in (64, 128, 256)),
+    Helper("assign", "fp16", 128),
+    *(Helper("errors", dtype, dim) for dtype in ("bf16", "fp32") for dim in (64, 128)),
+    Helper("errors", "bf16", 256),
+    *(Helper("means", dtype, dim) for dtype in ("bf16", "fp32") for dim in (64, 128)),
 ]
 
 
@@ -100,8 +128,13 @@ class Measured:
     error: str | None = None
 
 
-def tiles_of(variant: Variant, target: GPUTarget) -> block_sparse.Tiles:
+def tiles_of(variant: Variant | Helper, target: GPUTarget) -> block_sparse.Tiles:
     """Tile shape that the launcher would pick."""
+    if isinstance(variant, Helper):
+        # "means" has tiles of its own, and Triton's default of stages.
+        means = block_sparse.Tiles(segments_triton.BLOCK_S, variant.head_dim, segments_triton.WARPS, 3)
+        pick = {"assign": kmeans_triton.pick_tiles, "errors": cluster_errors_triton.pick_tiles}.get(variant.kernel)
+        return pick(variant.head_dim, DTYPES[variant.dtype], target.arch) if pick else means
     shape = (variant.block_q, variant.block_k, variant.head_dim, DTYPES[variant.dtype], target.arch)
     if variant.features in BACKWARD:
         return block_sparse_backward.pick_tiles(*shape)[BACKWARD[variant.features][1]]
@@ -110,8 +143,10 @@ def tiles_of(variant: Variant, target: GPUTarget) -> block_sparse.Tiles:
     return block_sparse.pick_tiles(*shape)
 
 
-def source(variant: Variant, target: GPUTarget) -> ASTSource:
+def source(variant: Variant | Helper, target: GPUTarget) -> ASTSource:
     """The kernel as the launcher would specialise it: contiguous head_dim, 16-byte aligned tensors and rows."""
+    if isinstance(variant, Helper):
+        return helper_source(variant, target)
     if variant.features in BACKWARD:
         return backward_source(variant, target)
     if variant.features in LINEAR:
@@ -185,19 +220,54 @@ def linear_source(variant: Variant, target: GPUTarget) -> ASTSource:
     return _specialised(kernel, pointers, {name: x for name, x in constants.items() if name in kernel.arg_names})
 
 
+def helper_source(variant: Helper, target: GPUTarget) -> ASTSource:
+    """A kernel that makes or completes plans."""
+    dim, tiles, element = variant.head_dim, tiles_of(variant, target), f"*{variant.dtype}"
+    half = variant.dtype != "fp32"
+    kernel, pointers = {
+        "assign": (
+            kmeans_triton._assign,
+            {"X": element, "High": element, "Low": element if half else None, "Offset": "*fp32", "Labels": "*i32"},
+        ),
+        "errors": (
+            cluster_errors_triton._cluster_errors,
+            {
+                **dict.fromkeys(("Queries", "K", "V", "Out"), element),
+                **{"Order": "*i64", "Starts": "*i32"},
+                **dict.fromkeys(("Means", "Lse", "Mass", "Error"), "*fp32"),
+            },
+        ),
+        "means": (
+            segments_triton._segment_means,
+            {"X": element, "Order": "*i64", "Starts": "*i32", "KeyLengths": "*i32", "Empty": "*fp32", "Means": "*fp32"},
+        ),
+    }[variant.kernel]
+    padded = max(16, triton.next_power_of_2(dim))
+    constants: dict[str, Any] = {
+        "D": dim, "DV": dim, "BLOCK_D": padded, "BLOCK_DV": padded,
+        "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_S": tiles.block_m, "BLOCK_C": tiles.block_n,
+        "HAS_LOW": half, "OUTPUT": True,
+        **dict.fromkeys(("HAS_ORDER", "HAS_STARTS", "HAS_KEY_LENGTHS", "HAS_EMPTY"), True),
+        "PRECISION": block_sparse.precision(DTYPES[variant.dtype], target.backend),
+        "stride_xd": 1, "stride_kd": 1, "stride_vd": 1,
+    }  # fmt: skip
+    constants = {name: x for name, x in constants.items() if name in kernel.arg_names}
+    return _specialised(kernel, pointers, {**constants, **{name: None for name, x in pointers.items() if x is None}})
+
+
 def _specialised(kernel: Any, pointers: dict[str, str | None], constants: dict[str, Any]) -> ASTSource:
     """Arguments without a kind are integers; pointers of kind None and constants are compiled in."""
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         kind = "fp32" if name in ("scale", "scale_log2", "epsilon") else pointers.get(name) or "i32"
         signature[name] = "constexpr" if name in constants else kind
-        aligned = kind.startswith("*") or re.fullmatch(r"stride_[qkvogw][bsh]", name)
+        aligned = kind.startswith("*") or re.fullmatch(r"stride_[qkvogwx][bsh]", name)
         if name not in constants and aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def measure(variant: Variant, target_name: str) -> Measured:
+def measure(variant: Variant | Helper, target_name: str) -> Measured:
     """Compile one variant; an error of the compiler is a result, not an exception."""
     target = TARGETS[target_name]
     kernel, tiles = source(variant, target), tiles_of(variant, target)
@@ -287,10 +357,10 @@ def _write_budget(results: dict[tuple[str, str], Measured], budget: dict[str, An
 
 
 def _table(results: dict[tuple[str, str], Measured]) -> Table:
-    table = Table(title=f"block-sparse attention kernel, Triton {triton.__version__}")
+    table = Table(title=f"kernels, Triton {triton.__version__}")
     columns = ("registers", "spills", "shared", "wgmma", "tcgen05", "mma", "tma", "cp_async")
     table.add_column("target")
-    table.add_column("dtype, head_dim, blocks, features")
+    table.add_column("kernel, dtype, head_dim, blocks, features")
     table.add_column("tiles")
     for column in columns:
         table.add_column(column, justify="right")
@@ -314,7 +384,7 @@ def main(
     write_budget: Annotated[bool, typer.Option(help="Make today's figures the budget.")] = False,
     jobs: Annotated[int, typer.Option(help="Processes that compile at once.")] = min(os.cpu_count() or 1, 8),
 ) -> None:
-    """Compile the attention kernel ahead of time and report what it needs on each GPU."""
+    """Compile the kernels ahead of time and report what it needs on each GPU."""
     if unknown := set(target or ()) - set(TARGETS):
         raise typer.BadParameter(f"unknown target {', '.join(sorted(unknown))}; known: {', '.join(TARGETS)}")
     if block_sparse.why_unavailable(torch.device("cpu")) is None:

@@ -140,6 +140,7 @@ def cases() -> list[tuple[str, str, list[dict[str, Any]]]]:
     def by_density(**options: Any) -> list[dict[str, Any]]:
         return [{"density": d, **options} for d in DENSITIES]
 
+    combined = {"metric": "logit", "values": 0.1, "routing": "output_error"}
     return [
         ("radial", "radial", [{"decay": d} for d in (0.05, 0.2, 0.5, 1.0)]),
         ("spatial_temporal", "spatial_temporal", by_density()),
@@ -154,6 +155,9 @@ def cases() -> list[tuple[str, str, list[dict[str, Any]]]]:
         ("topk hilbert subblock + pooled", "topk", by_density(order="hilbert", scorer="subblock")),
         ("semantic (SVG2-like)", "semantic", by_density(tail="none")),
         ("semantic + pooled", "semantic", by_density()),
+        ("semantic by weight error (SVG-EAR-like)", "semantic", by_density(routing="weight_error")),
+        ("semantic logit", "semantic", by_density(metric="logit")),
+        ("semantic logit, values, by output error", "semantic", by_density(**combined)),
     ]
 
 

@@ -4,10 +4,14 @@ import pytest
 import torch
 
 import dsattn
+from dsattn.functional import find_method
 from dsattn.grid import Call, VideoGrid
-from dsattn.kernels.kmeans import kmeans
+from dsattn.kernels.kmeans import first_centroids, kmeans
 
 from .method_inputs import GRIDS, dense, tensors
+
+ROUTES = ("weight_error", "output_error")
+EVERYTHING = {"metric": "logit", "values": 0.1, "routing": "output_error"}
 
 
 def plan(grid: VideoGrid, qkv, **options) -> dsattn.BlockPlan:
@@ -15,7 +19,7 @@ def plan(grid: VideoGrid, qkv, **options) -> dsattn.BlockPlan:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("budget", [{"density": 1.0}, {"top_p": 1.0}])
+@pytest.mark.parametrize("budget", [{"density": 1.0}, {"top_p": 1.0}, {"density": 1.0, **EVERYTHING}])
 def test_everything_kept_is_dense_attention(grid, budget):
     qkv = tensors(grid)
     torch.testing.assert_close(dsattn.attend(*qkv, plan(grid, qkv, **budget)), dense(qkv))
@@ -68,10 +72,11 @@ def test_clusters_find_what_positions_hide():
     assert errors["semantic"] < 0.05 < 0.5 < errors["topk"], errors
 
 
+@pytest.mark.parametrize("options", [{}, EVERYTHING])
 @pytest.mark.parametrize("grid", GRIDS[1:4])
-def test_text_and_prefix_are_exact(grid):
+def test_text_and_prefix_are_exact(grid, options):
     qkv = tensors(grid)
-    pairs = plan(grid, qkv, density=0.05).to_dense()
+    pairs = plan(grid, qkv, density=0.05, **options).to_dense()
     for start, stop in grid.exact_segments:
         assert bool(pairs[:, :, start:stop].all())
         assert bool(pairs[:, :, :, start:stop].all())
@@ -91,12 +96,13 @@ def test_padded_text_stays_at_the_end():
     assert bool(out.isfinite().all())
 
 
-def test_batch_of_two_is_two_batches_of_one():
+@pytest.mark.parametrize("options", [{}, EVERYTHING])
+def test_batch_of_two_is_two_batches_of_one(options):
     grid = GRIDS[1]
     qkv = tensors(grid, batch=2)
-    both = plan(grid, qkv).to_dense()
+    both = plan(grid, qkv, **options).to_dense()
     for b in range(2):
-        assert torch.equal(both[b : b + 1], plan(grid, [x[b : b + 1] for x in qkv]).to_dense())
+        assert torch.equal(both[b : b + 1], plan(grid, [x[b : b + 1] for x in qkv], **options).to_dense())
 
 
 def test_a_later_plan_starts_from_the_last_centroids():
@@ -146,6 +152,151 @@ def test_equal_tokens_fall_into_one_cluster():
     torch.testing.assert_close(dsattn.attend(q, k, v, made), dense((q, k, v)))
 
 
+def error(qkv, made: dsattn.BlockPlan) -> float:
+    exact = dense(qkv)
+    return ((dsattn.attend(*qkv, made) - exact).norm() / exact.norm()).item()
+
+
+def root(x: torch.Tensor) -> torch.Tensor:
+    """Symmetric square root of E[x xᵀ], x [S, D], with the method's jitter; float64."""
+    moment = x.double().T @ x.double() / len(x)
+    moment += 1e-4 * moment.diagonal().mean() * torch.eye(x.shape[1])
+    values, vectors = torch.linalg.eigh(moment)
+    return vectors @ values.sqrt().diag() @ vectors.T
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("side", ["k", "q"])
+def test_metric_is_k_means_on_transformed_tokens(side):
+    """Against scikit-learn on tokens times a symmetric root; the method takes a triangular one."""
+    from sklearn.cluster import KMeans
+
+    grid = VideoGrid(4, 8, 9)
+    q, k, v = tensors(grid)
+    q, k = q * torch.linspace(0.1, 3, 32), k * torch.linspace(3, 0.1, 32) + 2
+    method = find_method("semantic")
+    count = {"q_clusters": 9, "k_clusters": 11}
+    config = method.config(metric="logit", first_iterations=1, iterations=4, **count)
+    memory: dict[str, torch.Tensor] = {}
+    for _ in range(2):
+        made = method.plan(q, k, v, Call(0, 0, grid), config, memory)
+    clusters = count[f"{side}_clusters"]
+    for h in range(2):
+        tokens, other = (k, q[0, :, h]) if side == "k" else (q, k[0, :, h] - k[0, :, h].mean(0))
+        maps = root(other)
+        tokens = tokens[0, :, h].double()
+        start = first_centroids((tokens @ maps)[None, :, None], clusters, 0)[0, 0].double()
+        oracle = KMeans(clusters, init=start.numpy(), n_init=1, max_iter=5, tol=0, algorithm="lloyd")
+        oracle.fit((tokens @ maps).numpy())
+        labels = made.k_block_of_token[0, h] if side == "k" else made.q_block_of_token[0, h]
+        means = torch.stack([tokens[labels == j].mean(0) for j in range(clusters)])
+        # What is remembered and ranked are the means of the tokens themselves.
+        torch.testing.assert_close(memory[f"{side}_centroids"][0, h].double(), means, rtol=1e-4, atol=1e-4)
+        wanted = torch.from_numpy(oracle.cluster_centers_)
+        torch.testing.assert_close(means @ maps, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_metric_looks_where_the_other_side_looks():
+    """Keys differ most where no query looks, queries most where all keys are the same."""
+    grid = VideoGrid(4, 12, 12)
+    q, k, v = tensors(grid, seed=3)
+    k = k * torch.tensor([2.0] * 8 + [12.0] * 24)
+    q = q * torch.tensor([3.0] * 8 + [0.01] * 24)
+    k[..., 0] = 5.0
+    q[..., 0] *= 10
+    errors = {
+        metric: error((q, k, v), plan(grid, (q, k, v), density=0.1, k_clusters=40, q_clusters=40, metric=metric))
+        for metric in ("euclidean", "query", "logit")
+    }
+    assert errors["logit"] < 0.85 * errors["query"] < 0.7 * errors["euclidean"], errors
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING])
+def test_triton_makes_the_same_plan(options, monkeypatch):
+    """What runs on a GPU, from clusters to ranking; up to single tokens that stand between two centroids."""
+    from dsattn.kernels import cluster_errors, kmeans, pooling
+
+    grid = VideoGrid(3, 8, 9, text=7)
+    qkv = tensors(grid, batch=2)
+    options = {"density": 0.25, "k_clusters": 12, "q_clusters": 9, **options}
+    pairs = plan(grid, qkv, **options).to_dense()
+    for module in (cluster_errors, kmeans, pooling):
+        monkeypatch.setattr(module, "runs_triton", lambda *tensors: True)
+    other = plan(grid, qkv, **options).to_dense()
+    assert float((pairs != other).float().mean()) < 0.02
+
+
+def test_values_split_clusters_whose_keys_are_alike():
+    grid = VideoGrid(4, 8, 8)
+    q, k, _ = tensors(grid)
+    group = torch.arange(grid.tokens) % 2
+    v = torch.where(group[:, None] == 1, 1.0, -1.0)[None, :, None].expand(1, -1, 2, 32).contiguous()
+
+    def purity(values: float, scale: float = 1.0) -> float:
+        made = plan(grid, (q, k, scale * v), k_clusters=8, values=values)
+        share = [(made.k_block_of_token[0, 0][group == g]).bincount(minlength=8) for g in range(2)]
+        return float(torch.stack(share).amax(0).sum() / grid.tokens)
+
+    assert purity(0.0) < 0.7 and purity(4.0) == 1.0
+    # Values are weighed against keys by their variance: their unit does not matter.
+    assert torch.equal(*(plan(grid, (q, k, s * v), values=0.5).to_dense() for s in (1, 1024)))
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "logit"])
+@pytest.mark.parametrize("routing", ["mass", "weight_error", "output_error"])
+def test_routing_keeps_what_the_definition_ranks_first(routing, metric):
+    """A float64 loop over the plan's own clusters; text and prefix use up budget but take no part."""
+    grid = VideoGrid(3, 8, 9, prefix=4, text=5)
+    q, k, v = tensors(grid)
+    q = 3 * q
+    made = plan(grid, (q, k, v), density=0.3, k_clusters=20, q_clusters=7, routing=routing, metric=metric)
+    video = torch.zeros(grid.tokens, dtype=torch.bool)
+    video[grid.video_start : grid.video_end] = True
+    scale = 32**-0.5
+    for h in range(2):
+        queries, keys, values = (x[0, :, h].double() for x in (q, k, v))
+        q_block, k_block = made.q_block_of_token[0, h], made.k_block_of_token[0, h]
+        for i in range(7):
+            query = queries[q_block == i].mean(0)
+            logits = keys[video] @ query * scale
+            out = logits.softmax(0) @ values[video]
+            worth, sizes = [], []
+            for j in range(20):
+                inside = k_block == j
+                n, mean = inside.sum(), keys[inside].mean(0)
+                p = (keys[inside] @ query * scale - logits.logsumexp(0)).exp()
+                stand_in = (mean @ query * scale - logits.logsumexp(0)).exp()
+                moved = p @ (values[inside] - out) - n * stand_in * (values[inside].mean(0) - out)
+                score = {
+                    "mass": n * stand_in,
+                    "weight_error": (p - stand_in).square().sum(),
+                    "output_error": moved.square().sum(),
+                }
+                worth.append(score[routing] / n)
+                sizes.append(n)
+            order = torch.stack(worth).argsort(descending=True)
+            read = torch.stack(sizes)[order]
+            fits = read.cumsum(0) - read / 2 <= 0.3 * grid.tokens - (~video).sum()
+            assert set(order[fits].tolist()) == set(made.block_mask[0, h, i, :20].nonzero()[:, 0].tolist())
+
+
+def test_routing_by_error_reads_what_pooling_would_spoil():
+    """Half of the clusters hold one key many times, with much mass; the others are broad, with less mass but error."""
+    grid = VideoGrid(2, 16, 16)
+    q, k, v = tensors(grid)
+    owner = torch.arange(grid.tokens) % 16
+    k = 0.02 * k
+    k[..., 0] = (40.0 * owner)[None, :, None]
+    q[..., 0] = 0
+    k[:, owner < 8, :, 1] = 2.0
+    k[:, owner >= 8, :, 1] = 0.0
+    k[:, owner >= 8, :, 2:] *= 100
+    q[..., 1] = 3.0
+    start = {"k_clusters": 16, "q_clusters": 1, "density": 0.5, "first_iterations": 12, "seed": 0}
+    errors = {r: error((q, k, v), plan(grid, (q, k, v), routing=r, **start)) for r in ("mass", *ROUTES)}
+    assert max(errors[r] for r in ROUTES) < 0.5 * errors["mass"], errors
+
+
 @pytest.mark.parametrize("target", [0.02, 0.1, 0.3])
 def test_a_target_error_is_met_by_every_head(target):
     """Judged on all rows, not on the sampled ones. Heads 0 and 1 see their own of 12 groups, head 2 is noise."""
@@ -187,6 +338,10 @@ def test_a_target_error_follows_drift_rung_by_rung():
         {"q_clusters": -1},
         {"iterations": 0},
         {"tail": "linear"},
+        {"metric": "cosine"},
+        {"values": -0.1},
+        {"routing": "random"},
+        {"routing": "weight_error", "tail": "none"},
     ],
 )
 def test_bad_options_are_named(options):

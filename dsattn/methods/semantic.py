@@ -1,25 +1,30 @@
 """``semantic``: k-means clusters of queries and keys as blocks; the rest enters pooled.
 
-Source: SVG2, NeurIPS 2025 (arXiv 2505.18875): clustering, warm start, centroid scores. Pooled tail over clusters:
-SVG-EAR (arXiv 2603.08982).
+Source: SVG2, NeurIPS 2025 (arXiv 2505.18875): clustering, warm start, centroid scores. Pooled tail over clusters and
+routing by its error: SVG-EAR (arXiv 2603.08982).
 Differs in: key clusters are ranked by estimated mass per key, which keeps the most mass for the keys that are read
 (SVG2 ranks by mass per cluster); a budget of keys (``density``) beside ``top_p``; cluster counts follow the number of
-tokens; fixed iteration counts and a seeded start; text and prefix tokens are exact for every model.
+tokens; fixed iteration counts and a seeded start; text and prefix tokens are exact for every model; distances between
+logits instead of tokens, and values beside keys, are options of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dsattn.block_plan import TAILS, BlockPlan, Tail
 from dsattn.config import require, require_budget, require_choice
+from dsattn.errors import UsageError
 from dsattn.grid import Call, VideoGrid
+from dsattn.kernels.cluster_errors import cluster_errors
 from dsattn.kernels.kmeans import Clusters, draw_tokens, first_centroids, kmeans
 from dsattn.methods.base import Memory, Method
+from dsattn.methods.cluster_space import METRICS, ClusterSpace, Metric
 from dsattn.methods.estimate import RowSample, fit_density, sample_rows
 from dsattn.methods.ranked import Ranked
 
@@ -30,6 +35,9 @@ FIRST_SHARE = 4
 # Automatic cluster counts: tokens per cluster, and the most clusters (SVG2's for 75,600 tokens).
 Q_TOKENS, Q_MOST = 40, 300
 K_TOKENS, K_MOST = 36, 1000
+
+Routing = Literal["mass", "weight_error", "output_error"]
+ROUTINGS: tuple[Routing, ...] = ("mass", "weight_error", "output_error")
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,12 @@ class SemanticConfig:
         first_iterations: k-means iterations of the first plan of a run; all but the last on a quarter of the tokens.
         iterations: k-means iterations of later plans, which start from the last centroids.
         tail: what skipped clusters contribute, ``"pooled"`` or ``"none"``.
+        metric: distance between tokens: ``"euclidean"``; ``"query"``, between keys the mean squared difference of
+            their logits over the queries; ``"logit"``, also between queries that over the keys (``ClusterSpace``).
+        values: how much values count beside keys when these are clustered, at least 0; at 1 both weigh the same.
+        routing: key clusters are read in the order of their estimated softmax ``"mass"`` per key, or of the squared
+            error per key that pooling them would cause, in the weights (``"weight_error"``) or in the output
+            (``"output_error"``); the last two need ``tail="pooled"``.
         seed: draws the tokens that are the first centroids, and the sampled queries.
 
     """
@@ -62,6 +76,9 @@ class SemanticConfig:
     first_iterations: int = 6
     iterations: int = 1
     tail: Tail = "pooled"
+    metric: Metric = "euclidean"
+    values: float = 0.0
+    routing: Routing = "mass"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,6 +90,14 @@ class SemanticConfig:
         require("first_iterations", self.first_iterations, int, low=1)
         require("iterations", self.iterations, int, low=1)
         require_choice("tail", self.tail, TAILS)
+        require_choice("metric", self.metric, METRICS)
+        require("values", self.values, (int, float), low=0)
+        require_choice("routing", self.routing, ROUTINGS)
+        if self.routing != "mass" and self.tail != "pooled":
+            raise UsageError(
+                f"routing={self.routing!r} is about the error of pooled clusters and needs tail='pooled', "
+                f"got tail={self.tail!r}; use routing='mass'"
+            )
         require("seed", self.seed, int)
 
 
@@ -83,7 +108,7 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, me
         q, k, v: ``[B, S, H, D]`` after norm and RoPE; S must equal ``call.grid.tokens``.
 
     """
-    ranking, make = _rank_clusters(q, k, call, config, memory)
+    ranking, make = _rank_clusters(q, k, v, call, config, memory)
     if config.target_error is not None:
         sample = RowSample.of(q, k, v, sample_rows(call.grid, config.rows, config.seed).to(q.device))
         made, memory["rung"] = fit_density(ranking.ranked(make).at, sample, config.target_error, memory.get("rung"))
@@ -94,29 +119,28 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, me
 
 
 def rank(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, memory: Memory) -> Ranked:
-    """Clusters by mass per key; the arguments are those of ``plan``, budgets play no part."""
-    ranking, make = _rank_clusters(q, k, call, config, memory)
+    """Clusters by their worth per key; the arguments are those of ``plan``, budgets play no part."""
+    ranking, make = _rank_clusters(q, k, v, call, config, memory)
     return ranking.ranked(make)
 
 
 def _rank_clusters(
-    q: Tensor, k: Tensor, call: Call, config: SemanticConfig, memory: Memory
+    q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, memory: Memory
 ) -> tuple[_Ranking, Callable[[Tensor], BlockPlan]]:
     """Ranked key clusters of every query cluster, and what makes a plan of a map of all blocks ``[B, H, Nq, Nk]``."""
-    batch, length, heads, dim = q.shape
+    batch, length, heads, _ = q.shape
     grid = call.grid
     video = slice(grid.video_start, grid.video_end)
-    q_side = _cluster(q[:, video], config.q_clusters, (Q_TOKENS, Q_MOST), config, memory, "q_centroids")
-    k_side = _cluster(k[:, video], config.k_clusters, (K_TOKENS, K_MOST), config, memory, "k_centroids")
+    q_video, k_video, v_video = (x[:, video] for x in (q, k, v))
+    space = ClusterSpace.of_queries(k_video, config.metric, config.seed)
+    q_side = _cluster(q_video, space, config.q_clusters, (Q_TOKENS, Q_MOST), config, memory, "q_centroids")
+    space = ClusterSpace.of_keys(q_video, k_video, v_video, config.metric, config.values, config.seed)
+    tokens = torch.cat([k_video, v_video], -1) if config.values else k_video
+    k_side = _cluster(tokens, space, config.k_clusters, (K_TOKENS, K_MOST), config, memory, "k_centroids")
     q_order, q_starts, exact = _lay_out(q_side, grid)
     k_order, k_starts, _ = _lay_out(k_side, grid)
-
-    sizes = k_side.sizes.float()
-    logits = q_side.centroids @ k_side.centroids.mT * dim**-0.5
-    # Empty clusters have a mass of zero; left in the maximum, a stale centroid could push all others to zero.
-    logits = logits.masked_fill(k_side.sizes[:, :, None] == 0, -torch.inf)
-    mass_per_key = torch.softmax(logits + sizes.log()[:, :, None], -1) / sizes.clamp(min=1)[:, :, None]
-    ranking = _Ranking.of(mass_per_key, k_side.sizes, length, length - grid.video_tokens, exact)
+    score, share = _scores(q_side, k_side, k_video, v_video, config.routing)
+    ranking = _Ranking.of(score, share, k_side.sizes, length, length - grid.video_tokens, exact)
 
     def make(keep: Tensor) -> BlockPlan:
         return BlockPlan.from_mask(
@@ -138,22 +162,52 @@ def _rank_clusters(
 
 
 def _cluster(
-    x: Tensor, count: int, automatic: tuple[int, int], config: SemanticConfig, memory: Memory, name: str
+    x: Tensor,
+    space: ClusterSpace,
+    count: int,
+    automatic: tuple[int, int],
+    config: SemanticConfig,
+    memory: Memory,
+    name: str,
 ) -> Clusters:
-    """Clusters of the video tokens ``x [B, S, H, D]``, from the remembered centroids where there are any."""
+    """Clusters of the video tokens ``x [B, S, H, D]``, from the remembered centroids where there are any.
+
+    Distances are those of the space's features; centroids are means of ``x``.
+    """
     tokens_each, most = automatic
     count = min(count or max(1, min(most, x.shape[1] // tokens_each)), x.shape[1])
-    centroids = memory.get(name)
-    if centroids is None:
-        centroids = first_centroids(x, count, config.seed)
+    remembered = memory.get(name)
+    features = space(x)
+    if remembered is None:
+        centroids = first_centroids(features, count, config.seed)
         if config.first_iterations > 1:
-            part = x[:, draw_tokens(x.shape[1], max(count, x.shape[1] // FIRST_SHARE), config.seed + 1).to(x.device)]
-            centroids = kmeans(part, centroids, config.first_iterations - 1).centroids
-        clusters = kmeans(x, centroids, 1)
+            drawn = draw_tokens(x.shape[1], max(count, x.shape[1] // FIRST_SHARE), config.seed + 1, x.device)
+            centroids = kmeans(features[:, drawn], centroids, config.first_iterations - 1).centroids
+        clusters = kmeans(features, centroids, 1)
     else:
-        clusters = kmeans(x, centroids, config.iterations)
+        clusters = kmeans(features, space(remembered.transpose(1, 2)).transpose(1, 2), config.iterations)
+    if space.changes:
+        clusters = replace(clusters, centroids=clusters.means(x, empty=remembered))
     memory[name] = clusters.centroids
     return clusters
+
+
+def _scores(q_side: Clusters, k_side: Clusters, k: Tensor, v: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """Worth of reading one key of every key cluster, and the cluster's share of the mass, both ``[B, H, Cq, Ck]``.
+
+    Seen from the centroids of the query clusters; k and v ``[B, S, H, D]`` are what is clustered.
+    """
+    scale = k.shape[-1] ** -0.5
+    sizes = k_side.sizes.float()[:, :, None]
+    if routing == "mass":
+        logits = q_side.centroids @ k_side.centroids[..., : k.shape[-1]].mT * scale
+        # Empty clusters have a mass of zero; left in the maximum, a stale centroid could push all others to zero.
+        logits = logits.masked_fill(sizes == 0, -torch.inf)
+        share = score = torch.softmax(logits + sizes.log(), -1)
+    else:
+        kind: Literal["weight", "output"] = "weight" if routing == "weight_error" else "output"
+        share, score = cluster_errors(q_side.centroids, k, v, k_side, kind, scale)
+    return score / sizes.clamp(min=1), share
 
 
 def _lay_out(clusters: Clusters, grid: VideoGrid) -> tuple[Tensor, Tensor, int]:
@@ -163,7 +217,7 @@ def _lay_out(clusters: Clusters, grid: VideoGrid) -> tuple[Tensor, Tensor, int]:
     """
     lead = clusters.labels.shape[:2]
     device = clusters.labels.device
-    video = clusters.labels.argsort(dim=-1, stable=True) + grid.video_start
+    video = clusters.order + grid.video_start
     segments = [torch.arange(*segment, device=device) for segment in grid.exact_segments]
     order = torch.cat([video, *(s.expand(*lead, -1) for s in segments)], -1)
     starts = torch.nn.functional.pad(clusters.sizes.cumsum(-1), (1, 0))
@@ -192,10 +246,11 @@ class _Ranking:
     exact_blocks: int
 
     @classmethod
-    def of(cls, mass_per_key: Tensor, sizes: Tensor, length: int, exact: int, exact_blocks: int) -> _Ranking:
-        best, order = mass_per_key.sort(dim=-1, descending=True, stable=True)
+    def of(cls, score: Tensor, share: Tensor, sizes: Tensor, length: int, exact: int, exact_blocks: int) -> _Ranking:
+        """By ``score [B, H, Cq, Ck]``, the worth of reading one key of the cluster."""
+        order = score.sort(dim=-1, descending=True, stable=True).indices
         keys = sizes[:, :, None].expand_as(order).gather(-1, order)
-        return cls(order, keys, best * keys, length, exact, exact_blocks)
+        return cls(order, keys, share.gather(-1, order), length, exact, exact_blocks)
 
     def ranked(self, make: Callable[[Tensor], BlockPlan]) -> Ranked:
         """Clusters by the share of all keys at which they come in: when more than half of one fits."""
