@@ -31,6 +31,10 @@ class Config:
         dense_steps: first denoising steps that stay dense; a count (int) or a fraction of the run (float in [0, 1)).
         dense_layers: layers that stay dense: indices, or a text such as ``"0-1,29"``. Negative counts from the end.
         refresh: a plan is made anew every ``refresh`` sparse steps, and reused in between; at least 1.
+        drift: make a plan anew before its time when the estimated error of its last use is more than ``drift`` times
+            that of its first; above 1, None never does.
+        monitor: query rows per head on which the error of the output is estimated: at a plan's last use before its
+            refresh, with ``drift`` at every use; 0 estimates nothing.
         impl: implementation of block-sparse attention, see ``dsattn.attend``.
         dense: backend of dense attention; None runs the pipeline's own.
         strict: raise instead of falling back to dense attention.
@@ -43,6 +47,8 @@ class Config:
     dense_steps: int | float = 0
     dense_layers: tuple[int, ...] = ()
     refresh: int = 1
+    drift: float | None = None
+    monitor: int = 16
     impl: str = "auto"
     dense: str | None = None
     strict: bool = False
@@ -59,6 +65,11 @@ class Config:
                 f"dense_steps given as a float is a fraction in [0, 1), got {steps!r}; use an int for a count"
             )
         require("refresh", self.refresh, int, low=1)
+        require("monitor", self.monitor, int, low=0)
+        if self.drift is not None:
+            require("drift", self.drift, (int, float), low=1)
+            if self.monitor == 0:
+                raise UsageError("drift needs estimated errors: monitor must be at least 1, got 0")
         require_choice("impl", self.impl, IMPLS)
         if self.dense is not None:
             require_choice("dense", self.dense, DENSE_BACKENDS)

@@ -15,6 +15,7 @@ from dsattn.errors import StrictFallbackError, UsageError
 from dsattn.functional import attend, check_qkv, choose_impl, find_method
 from dsattn.grid import Call
 from dsattn.kernels import dense as dense_kernels
+from dsattn.methods.estimate import output_error, sample_rows
 from dsattn.schedule import decide
 from dsattn.state import Layout, RunState
 from dsattn.stats import Kind, RunStats, timed
@@ -81,7 +82,7 @@ class Engine:
             with timed(record, "attend_s", q.device, self.config.timing):
                 return run_dense()
         entry = self.state.entry(call, layout)
-        decision = decide(self.config, call, entry.step if entry.plan else None)
+        decision = decide(self.config, call, entry.step if entry.plan else None, bool(entry.drifted))
         if decision.action == "dense":
             record = self.stats.add(call, q, "dense", decision.reason, self.config.dense or "pipeline")
             if decision.last and self.method.observe is not None and q.shape[1] == k.shape[1] == call.grid.tokens:
@@ -108,6 +109,14 @@ class Engine:
         with timed(record, "attend_s", q.device, self.config.timing):
             out: Tensor = attend(q, k, v, plan, impl=record.impl, scale=scale)
         record.density = plan.density.mean(0)
+        age = call.step - entry.step
+        if self.config.monitor and (self.config.drift or age == self.config.refresh - 1):
+            with timed(record, "monitor_s", q.device, self.config.timing):
+                rows = sample_rows(call.grid, self.config.monitor, seed=call.step).to(q.device)
+                factor = q.shape[-1] ** -0.5 if scale is None else scale
+                error = output_error(out, q, k, v, rows, scale=factor, key_lengths=plan.key_lengths)
+                record.error = error.square().mean(0).sqrt()
+                entry.note_error(error, self.config.drift, first=age == 0)
         return out
 
     def fallback(self, call: Call | None, reason: str, dense: DenseAttention, q: Tensor | None = None) -> Tensor:

@@ -68,6 +68,7 @@ def build_report(
         "protocol": _protocol(result, load_s),
         "runs": {"dense": dense, "sparse": sparse},
         "density": _density(summary),
+        "estimated_error": _estimated_error(summary),
         "flops": _flops(result.survey, len(result.dense[0].step_s), summary.get("density_all_calls", 1.0)),
         "fidelity": _fidelity(result),
         "speedup": _speedup(dense, sparse, result.own),
@@ -133,7 +134,8 @@ def _mode(result: Comparison, name: str) -> dict[str, Any]:
     return {
         **{part: [getattr(run, part) for run in runs] for part in ("e2e_s", "denoise_s", "text_s", "vae_s")},
         "attention_s": [float(s["attend_s"]) for s in summaries],
-        "plan_s": [float(s["plan_s"]) for s in summaries],
+        # Estimating errors belongs to what sparse attention costs beside attending.
+        "plan_s": [float(s["plan_s"] + s["monitor_s"]) for s in summaries],
         "e2e": spread([run.e2e_s for run in runs]),
         "denoise": spread([run.denoise_s for run in runs]),
         "dense_step": spread([t for run in runs for t in run.step_s[:dense_steps]]),
@@ -217,6 +219,17 @@ def _density(summary: dict[str, Any]) -> dict[str, Any]:
             for key in ("layer", "step")
         },
         "plan_bytes": summary.get("plan_bytes", 0),
+    }
+
+
+def _estimated_error(summary: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "overall": summary.get("estimated_error"),
+        "rows": summary.get("config", {}).get("monitor", 0),
+        **{
+            f"by_{key}": [{key: k, "error": v} for k, v in summary.get(f"estimated_error_by_{key}", {}).items()]
+            for key in ("layer", "step")
+        },
     }
 
 

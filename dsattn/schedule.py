@@ -24,13 +24,14 @@ class Decision:
     last: bool = False
 
 
-def decide(config: Config, call: Call, planned_at: int | None) -> Decision:
+def decide(config: Config, call: Call, planned_at: int | None, drifted: bool = False) -> Decision:
     """Decision for one call.
 
     Args:
         config: the engine's options.
         call: layer, step, and the totals where they are known.
         planned_at: step of the cached plan for this layer and branch; None without one.
+        drifted: the cached plan's error has grown beyond ``config.drift``.
 
     """
     dense_steps = dense_step_count(config.dense_steps, call.num_steps)
@@ -45,7 +46,7 @@ def decide(config: Config, call: Call, planned_at: int | None) -> Decision:
         return Decision("refresh", "no plan yet")
     if call.step - planned_at >= config.refresh or call.step < planned_at:
         return Decision("refresh", "refresh")
-    return Decision("reuse")
+    return Decision("refresh", "drift") if drifted else Decision("reuse")
 
 
 def dense_step_count(dense_steps: int | float, num_steps: int | None) -> int | None:

@@ -30,17 +30,46 @@ class Layout:
         return cls(call.grid, q.shape[0], q.shape[2], q.shape[3], q.dtype, q.device)
 
 
+class Flag:
+    """A truth value computed on a device, read without waiting for it: false until it has arrived."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._event = None
+        if value.device.type == "cuda":
+            self._value = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+        else:
+            self._value = value
+
+    def __bool__(self) -> bool:
+        arrived = self._event is None or self._event.query()  # type: ignore[no-untyped-call]
+        return arrived and bool(self._value)
+
+
 @dataclass
 class Entry:
     """What is kept of one (model, layer, branch): the layout it fits, the method's memory, and the cached plan, if any.
 
     step: when the plan was made, or when the memory was last written where there is no plan yet.
+    first_error: ``[]`` estimated error of the plan's first use, mean over heads, where it was estimated.
+    drifted: the error of its last use was too large.
     """
 
     layout: Layout
     memory: Memory
     step: int
     plan: BlockPlan | None = None
+    first_error: Tensor | None = None
+    drifted: Flag | bool = False
+
+    def note_error(self, error: Tensor, limit: float | None, first: bool) -> None:
+        """Take in the estimated error ``[B, H]`` of a use; ``limit`` is how much it may have grown since the first."""
+        if first:
+            self.first_error, self.drifted = error.mean(), False
+        elif limit is not None and self.first_error is not None:
+            self.drifted = Flag(error.mean() > limit * self.first_error)
 
 
 @dataclass

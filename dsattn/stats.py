@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,7 +26,8 @@ class Record:
     impl: implementation that ran; ``"pipeline"`` is the pipeline's own dense attention.
     density: ``[H]`` share of (query, key) pairs computed exactly, mean over the batch; None when dense.
     pairs: (query, key) pairs of the whole call over batch and heads.
-    plan_s, attend_s: seconds, measured where ``Config.timing`` is set.
+    error: ``[H]`` estimated relative L2 error of the output, root mean square over the batch; None where none was made.
+    plan_s, attend_s, monitor_s: seconds, measured where ``Config.timing`` is set.
     """
 
     model: str
@@ -38,8 +39,10 @@ class Record:
     impl: str
     pairs: int
     density: Tensor | None = None
+    error: Tensor | None = None
     plan_s: float = 0.0
     attend_s: float = 0.0
+    monitor_s: float = 0.0
     events: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def read_events(self) -> None:
@@ -100,6 +103,11 @@ class RunStats:
             "density_sparse_calls": kept_sparse / sparse_pairs if sparse_pairs else None,
             "plan_s": sum(r.plan_s for r in self.records),
             "attend_s": sum(r.attend_s for r in self.records),
+            "monitor_s": sum(r.monitor_s for r in self.records),
+            "refresh_reasons": dict(Counter(r.reason for r in self.records if r.kind == "refresh")),
+            "estimated_error": _rms(r.error for r in self.records),
+            "estimated_error_by_layer": self._error_by("layer"),
+            "estimated_error_by_step": self._error_by("step"),
             "impls": dict(Counter(r.impl for r in self.records if r.impl)),
             "dense_reasons": dict(Counter(r.reason for r in self.records if r.kind == "dense")),
             "fallbacks": dict(Counter(r.reason for r in self.records if r.kind == "fallback")),
@@ -115,6 +123,19 @@ class RunStats:
                 groups.setdefault(getattr(record, key), []).append((_mean(record.density), record.pairs))
         return {k: sum(d * n for d, n in v) / sum(n for _, n in v) for k, v in sorted(groups.items())}
 
+    def _error_by(self, key: str) -> dict[int, float | None]:
+        groups: dict[int, list[Tensor | None]] = {}
+        for record in self.records:
+            if record.error is not None:
+                groups.setdefault(getattr(record, key), []).append(record.error)
+        return {k: _rms(v) for k, v in sorted(groups.items())}
+
+
+def _rms(errors: Iterable[Tensor | None]) -> float | None:
+    """Root mean square over heads and calls; None of nothing."""
+    known = [error for error in errors if error is not None]
+    return float(torch.stack([e.square().mean() for e in known]).mean().sqrt()) if known else None
+
 
 def _mean(density: Tensor | None) -> float:
     return 1.0 if density is None else float(density.mean())
@@ -122,7 +143,7 @@ def _mean(density: Tensor | None) -> float:
 
 @contextmanager
 def timed(record: Record, name: str, device: torch.device, enabled: bool) -> Iterator[None]:
-    """Measure a block into ``record.plan_s`` or ``record.attend_s``; on a GPU by events, without synchronising."""
+    """Measure a block into ``record.plan_s``, ``attend_s`` or ``monitor_s``; on a GPU by events, no waiting."""
     if not enabled:
         yield
     elif device.type == "cuda":

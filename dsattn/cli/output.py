@@ -63,6 +63,7 @@ def describe(run: Run, request: Request, model: dict[str, Any]) -> dict[str, Any
             "all_calls": summary.get("density_all_calls", 1.0),
             "sparse_calls": summary.get("density_sparse_calls"),
         },
+        "estimated_error": summary.get("estimated_error"),
         "calls": summary.get("calls", {}),
         "impls": summary.get("impls", {}),
         "fallbacks": [{"reason": why, "calls": n} for why, n in summary.get("fallbacks", {}).items()],

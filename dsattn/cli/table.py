@@ -89,6 +89,10 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{share}; attention is {flops['attention_share']:.0%} of the transformer's FLOPs",
         )
     )
+    error = report["estimated_error"]
+    if error["overall"] is not None:
+        note = f"of the attention output, estimated on {error['rows']} rows a head"
+        rows.append(("attention error", "0", f"{error['overall']:.1%}", "", note))
     rows.append(("FLOPs", f"{flops['dense']:.2e}", f"{flops['sparse']:.2e}", _times(flops["bound"]), "FLOP bound"))
     return rows
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsattn.block_plan import BlockPlan, LinearTail
@@ -71,6 +72,26 @@ class RowSample:
             key_lengths=plan.key_lengths,
         )  # fmt: skip
         return linear_attention(self.q.transpose(1, 2), self.k, self.v, rows, tail).transpose(1, 2)
+
+
+def output_error(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, *, scale: float, key_lengths: Tensor | None = None
+) -> Tensor:
+    """``[B, H]`` fp32: relative L2 error of an attention output on some of its rows.
+
+    Args:
+        out, q: ``[B, S, H, D]``; k, v: the keys and values.
+        rows: ``[R]`` int64, the query tokens to compare.
+        scale: factor on q·k.
+        key_lengths: ``[B]``, leading keys that may be read; None means all.
+
+    """
+    mask = None
+    if key_lengths is not None:
+        mask = (torch.arange(k.shape[1], device=k.device) < key_lengths[:, None])[:, None, None]
+    chosen = q[:, rows].transpose(1, 2)
+    exact = F.scaled_dot_product_attention(chosen, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
+    return relative_error(out[:, rows].transpose(1, 2).float(), exact.float())
 
 
 def relative_error(approximate: Tensor, exact: Tensor) -> Tensor:
