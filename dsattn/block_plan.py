@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Tail = Literal["none", "pooled"]
-TAILS: tuple[Tail, ...] = ("none", "pooled")
+Tail = Literal["none", "pooled", "pooled_block"]
+TAILS: tuple[Tail, ...] = ("none", "pooled", "pooled_block")
 FeatureMap = Literal["softmax", "elu", "relu", "hedgehog"]
 FEATURE_MAPS: tuple[FeatureMap, ...] = ("softmax", "elu", "relu", "hedgehog")
 
@@ -67,7 +67,8 @@ class BlockPlan:
             never enters); None means all. At least 1, and every row keeps a block with a readable key.
         tail: what the blocks that are not kept contribute. ``"none"``: nothing. ``"pooled"``: block j with
             n_j readable keys enters the same softmax as one key, its mean, with weight n_j and the mean
-            value; recomputed from the current k and v at every call.
+            value; recomputed from the current k and v at every call. ``"pooled_block"``: the same, but the score
+            of a pooled key is that of the query block's mean query, once for all its rows.
         linear: linear attention beside the softmax, added to its result; the log-sum-exp does not know of it. One
             that names its blocks needs blocks of equal size and no token order.
 

@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dsattn.block_plan import BlockPlan
 from dsattn.kernels import gather
-from dsattn.kernels.pooling import pool_blocks
+from dsattn.kernels.pooling import pool_blocks, pool_tail
 
 # Only the lists that the forward pass reads; releases before the option always build the others too.
 _SIGNATURE = inspect.signature(BlockMask.from_kv_blocks)
@@ -55,12 +55,19 @@ def block_sparse_attention(
     q_tiles, k_tiles = _tile(plan, "q"), _tile(plan, "k")
     q_flex, k_flex, v_flex = q_tiles.load(q), k_tiles.load(k), k_tiles.load(v)
     readable = _readable(k_tiles, plan)
-    if plan.tail == "pooled":
-        k_pool, v_pool, log_count = _pool(k_flex, v_flex, k, v, plan)
-        skipped = log_count[:, :, None].masked_fill(plan.block_mask, -torch.inf)
+    if plan.tail != "none":
+        if plan.tail == "pooled":
+            k_pool, v_pool, log_count = _pool(k_flex, v_flex, k, v, plan)
+            weights = log_count[:, :, None].masked_fill(plan.block_mask, -torch.inf)
+        else:
+            # One key per query block, which only this block may read: of zeros, its weight is all there is.
+            v_pool, log_weight = pool_tail(q, k, v, plan, scale)
+            k_pool = v_pool.new_zeros(*v_pool.shape[:3], q.shape[-1])
+            others = ~torch.eye(plan.num_q_blocks, dtype=torch.bool, device=q.device)
+            weights = log_weight[:, :, None].masked_fill(others, -torch.inf)
         k_flex, v_flex = _append(k_flex, k_pool, plan.block_k), _append(v_flex, v_pool, plan.block_k)
-        first = k_flex.shape[2] - _rounded(plan.num_k_blocks, plan.block_k)
-        mask, score_mod = _tail_mask(q_tiles, k_tiles, readable, q_tiles.spread(skipped, 2), plan, first)
+        first = k_flex.shape[2] - _rounded(weights.shape[-1], plan.block_k)
+        mask, score_mod = _tail_mask(q_tiles, k_tiles, readable, q_tiles.spread(weights, 2), plan, first)
     else:
         mask, score_mod = _plain_mask(q_tiles, k_tiles, readable, plan), None
     on_cpu = q.device.type == "cpu"
@@ -210,17 +217,18 @@ def _plain_mask(q_tiles: _Tiles, k_tiles: _Tiles, readable: Tensor | None, plan:
 
 
 def _tail_mask(
-    q_tiles: _Tiles, k_tiles: _Tiles, readable: Tensor | None, skipped: Tensor, plan: BlockPlan, first: int
+    q_tiles: _Tiles, k_tiles: _Tiles, readable: Tensor | None, weights: Tensor, plan: BlockPlan, first: int
 ) -> tuple[BlockMask, Callable[..., Tensor]]:
     """Mask over keys and the pooled keys that stand from slot ``first`` on; score function with their bias.
 
-    ``skipped [b, h, q tiles, Nk]``: log-count of the blocks a query tile does not keep, -inf for the others.
+    ``weights [b, h, q tiles, T]``: log-weight of the pooled keys for a query tile, -inf for those it does not read.
     """
     block_q, block_k = plan.block_q, plan.block_k
-    bias = torch.nn.functional.pad(skipped, (0, -skipped.shape[-1] % block_k), value=-torch.inf)
-    # A last block that is partial has empty slots between it and the pooled keys.
-    if readable is None and first != k_tiles.length:
-        readable = torch.ones(1, 1, k_tiles.length, dtype=torch.bool, device=skipped.device)
+    bias = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % block_k), value=-torch.inf)
+    # A last block that is partial has empty slots between it and the pooled keys; a query block with a pooled key of
+    # its own reads one tile of them, not all.
+    if readable is None and (first != k_tiles.length or plan.tail == "pooled_block"):
+        readable = torch.ones(1, 1, k_tiles.length, dtype=torch.bool, device=weights.device)
     tail_tiles = bias.shape[-1] // block_k
     if readable is None:
         full = _full_lists(q_tiles, k_tiles, plan)
@@ -231,10 +239,12 @@ def _tail_mask(
         allowed = torch.nn.functional.pad(readable, (0, first - readable.shape[-1]))
         some, every = _tile_readable(allowed, block_k)
         kept = k_tiles.spread(q_tiles.spread(plan.block_mask, 2), 3)
-        kept, some, every = torch.broadcast_tensors(kept, some[:, :, None], every[:, :, None])
-        tail = torch.ones(*kept.shape[:-1], tail_tiles, dtype=torch.bool, device=bias.device)
+        tail = (bias != -torch.inf).unflatten(-1, (tail_tiles, block_k)).any(-1)
+        lead = torch.broadcast_shapes(kept.shape[:3], (*some.shape[:2], 1), tail.shape[:3])
+        kept, some, every = (x.expand(*lead, -1) for x in (kept, some[:, :, None], every[:, :, None]))
+        tail = tail.expand(*lead, -1)
         partial = _lists(torch.cat([kept & some & ~every, tail], -1))
-        full = _lists(torch.cat([kept & every, ~tail], -1))
+        full = _lists(torch.cat([kept & every, torch.zeros_like(tail)], -1))
     shape, bias_shape = allowed.shape, bias.shape
 
     def pooled_bias(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
@@ -242,7 +252,7 @@ def _tail_mask(
 
     def mask_mod(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
         key = allowed[b % shape[0], h % shape[1], k_index.clamp(max=shape[2] - 1)]
-        return torch.where(k_index < first, key, pooled_bias(b, h, q_index, k_index) > -torch.inf)
+        return torch.where(k_index < first, key, pooled_bias(b, h, q_index, k_index) != -torch.inf)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
         return torch.where(k_index < first, score, score + pooled_bias(b, h, q_index, k_index))

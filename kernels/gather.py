@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
-from dsattn.kernels.pooling import pool_blocks
+from dsattn.kernels.pooling import pool_blocks, pool_tail
 
 # Elements of one chunk's gathered keys (or its logits): on a CPU keys and values should stay in the cache between
 # the gather and the product, elsewhere the number only bounds memory.
@@ -40,11 +40,10 @@ def block_sparse_attention(
     # Key and value stand in one row: one gather of twice the length instead of two.
     q_rows, kv_rows = q.reshape(-1, dim), torch.cat([k, v], -1).view(-1, dim + v.shape[-1])
     first_pooled, tail_bias = len(kv_rows), None
-    if plan.tail == "pooled":
-        k_pool, v_pool, log_count = pool_blocks(k, v, plan)
-        kv_rows = torch.cat([kv_rows.to(work), torch.cat([k_pool, v_pool], -1).flatten(0, 2)])
-        tail_bias = log_count.to(work).flatten(0, 1)[:, None].masked_fill(rows.kept, -torch.inf).flatten(0, 1)
-    blocks = torch.arange(plan.num_k_blocks, device=q.device) + first_pooled
+    if plan.tail != "none":
+        tail_kv, tail_bias = _tail_keys(q, k, v, plan, rows.kept, scale)
+        kv_rows = torch.cat([kv_rows.to(work), tail_kv])
+        tail_slots = torch.arange(tail_bias.shape[1], device=q.device) + first_pooled
     # Empty slots of a chunk write to one extra row that is cut off again.
     out = torch.empty(len(q_rows) + 1, v.shape[-1], dtype=q.dtype, device=q.device)
     lse = torch.empty(len(q_rows) + 1, dtype=work, device=q.device) if need_lse else None
@@ -54,7 +53,8 @@ def block_sparse_attention(
         keys = chunk.keys
         bias = torch.zeros(keys.shape, dtype=work, device=q.device).masked_fill_(~chunk.key_exists, -torch.inf)
         if tail_bias is not None:
-            keys = torch.cat([keys, (chunk.head * plan.num_k_blocks)[:, None] + blocks], 1)
+            owner = chunk.head if plan.tail == "pooled" else chunk.rows
+            keys = torch.cat([keys, owner[:, None] * len(tail_slots) + tail_slots], 1)
             bias = torch.cat([bias, tail_bias[chunk.rows]], 1)
         kv_chunk, q_chunk = (
             x.index_select(0, index.flatten()).to(work).view(len(index), -1, x.shape[-1])
@@ -68,6 +68,20 @@ def block_sparse_attention(
             lse = lse.index_copy_(0, target, result_lse.flatten())
     out = out[:-1].view(batch, q_len, heads, -1)
     return out, None if lse is None else lse[:-1].view(batch, q_len, heads).transpose(1, 2).contiguous()
+
+
+def _tail_keys(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, kept: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The tail as more keys: their rows ``[*, D + Dv]``, T per head or per plan row, and biases ``[plan rows, T]``."""
+    if plan.tail == "pooled":
+        k_pool, v_pool, log_count = pool_blocks(k, v, plan)
+        bias = log_count.flatten(0, 1)[:, None].masked_fill(kept, -torch.inf).flatten(0, 1)
+        return torch.cat([k_pool, v_pool], -1).flatten(0, 2), bias
+    # A key of zeros has score 0 in every row: its weight is all there is.
+    value, log_weight = pool_tail(q, k, v, plan, scale)
+    zeros = value.new_zeros(*value.shape[:3], q.shape[-1])
+    return torch.cat([zeros, value], -1).flatten(0, 2), log_weight.flatten()[:, None]
 
 
 def _softmax_attention(
@@ -134,7 +148,7 @@ class _Rows:
         level = (keys.clamp(min=1).log2() * 3).long()
         rows = (level * scale + queries).argsort(descending=True)
         rows = rows[queries[rows] > 0]
-        tail = self.plan.num_k_blocks if self.plan.tail == "pooled" else 0
+        tail = {"none": 0, "pooled": self.plan.num_k_blocks, "pooled_block": 1}[self.plan.tail]
         table = torch.stack([keys[rows], queries[rows], level[rows]]).tolist()
         start = 0
         for group in _groups(table[0], LISTED_KEYS):

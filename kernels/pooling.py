@@ -1,7 +1,8 @@
-"""Mean keys and values of every key block: what skipped blocks contribute to a pooled tail."""
+"""Means of blocks: what skipped key blocks contribute to a pooled tail, and to whom."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -45,6 +46,45 @@ def pool_blocks(k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor, 
     # A mean over one key at least: empty blocks divide their zero sum by one.
     weight = sizes.clamp(min=1).reciprocal()[..., None]
     return _sums(k, plan, work) * weight, _sums(v, plan, work) * weight, sizes.log()
+
+
+def pool_queries(q: Tensor, plan: BlockPlan) -> Tensor:
+    """``[B, H, Nq, D]`` fp32 (fp64): mean query of every query block, 0 for an empty one; ``q`` is ``[B, Sq, H, D]``."""
+    # The blocks of the queries in place of those of the keys: nothing else of this plan is read.
+    as_keys = replace(
+        plan,
+        k_len=plan.q_len,
+        block_k=plan.block_q,
+        k_order=plan.q_order,
+        k_starts=plan.q_starts,
+        key_lengths=None,
+        linear=None,
+    )
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    sizes = plan.q_sizes.clamp(min=1).expand(plan.batch, plan.heads, -1).to(work)
+    return _sums(q, as_keys, work) / sizes[..., None]
+
+
+def pool_tail(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float) -> tuple[Tensor, Tensor]:
+    """Tail ``"pooled_block"``: what every query block skips, as one key that each of its rows takes in.
+
+    Args:
+        q, k, v: ``[B, S, H, D]``, any strides.
+        plan: its kept blocks are left out.
+        scale: factor on q·k.
+
+    Returns:
+        ``value [B, H, Nq, Dv]``, the mean of the pooled values by weight, and ``log_weight [B, H, Nq]``, the log of the
+        sum of the weights, both fp32 (fp64). A block that skips nothing has value 0 and log weight -inf.
+
+    """
+    k_pool, v_pool, log_count = pool_blocks(k, v, plan)
+    logits = pool_queries(q, plan) @ k_pool.mT * scale + log_count[:, :, None]
+    logits = logits.masked_fill(plan.block_mask | (log_count == -torch.inf)[:, :, None], -torch.inf)
+    log_weight = logits.logsumexp(-1)
+    # The clamp keeps a row of -inf from becoming NaN.
+    shares = (logits - log_weight.clamp(min=torch.finfo(logits.dtype).min)[..., None]).exp()
+    return shares @ v_pool, log_weight
 
 
 def _sums(x: Tensor, plan: BlockPlan, work: torch.dtype) -> Tensor:

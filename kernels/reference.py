@@ -5,6 +5,8 @@ Every other implementation has the same signature and must agree with this one.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,13 @@ from dsattn.kernels.feature_maps import EPSILON, feature_map
 
 def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, scale: float) -> tuple[Tensor, Tensor]:
     """Attention over the kept blocks of a plan, plus its tail.
+
+    The tail of query block i reads the blocks j that i does not keep, with n_j readable keys of mean k̄_j and mean
+    value v̄_j. Row r of block i takes it into its softmax as
+
+    * ``"pooled"``: one key per block, of weight ``n_j exp(scale q_r·k̄_j)`` and value ``v̄_j``;
+    * ``"pooled_block"``: the same with the mean query q̄_i of the block in place of q_r: every row of i adds the same
+      ``sum_j n_j exp(scale q̄_i·k̄_j)`` to its denominator and ``sum_j n_j exp(scale q̄_i·k̄_j) v̄_j`` to its numerator.
 
     Args:
         q, k, v: ``[B, S, H, D]``; q and k share D, k and v share S.
@@ -41,6 +50,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, 
                 if start == stop:
                     continue
                 rows = q_tokens[start:stop]
+                mean_query = qh[rows].mean(0)
                 keys, values, log_weights = [], [], []
                 for j in range(plan.num_k_blocks):
                     n = k_sizes[j]
@@ -55,6 +65,12 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, 
                         keys.append(kh[columns].mean(0, keepdim=True))
                         values.append(vh[columns].mean(0, keepdim=True))
                         log_weights.append(torch.tensor([n], dtype=work, device=q.device).log())
+                    elif plan.tail == "pooled_block":
+                        # A key of zeros has score 0 in every row: the weight is all there is.
+                        mean_key = kh[columns].mean(0, keepdim=True)
+                        keys.append(torch.zeros_like(mean_key))
+                        values.append(vh[columns].mean(0, keepdim=True))
+                        log_weights.append(mean_key @ mean_query * scale + math.log(n))
                 logits = qh[rows] @ torch.cat(keys).T * scale + torch.cat(log_weights)
                 lse[b, h, rows] = logits.logsumexp(-1)
                 out[b, rows, h] = (logits.softmax(-1) @ torch.cat(values)).to(q.dtype)

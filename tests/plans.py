@@ -108,7 +108,7 @@ def random_shape(seed: int) -> Shape:
         k_clusters=draw.integer(1, math.ceil(k_len / block_k) + 3) if draw.chance(0.4) else 0,
         leads=tuple((draw.pick((1, batch)), draw.pick((1, heads))) for _ in range(5)),
         q_order=draw.chance(0.4), k_order=draw.chance(0.4), key_lengths=draw.chance(0.3),
-        tail="pooled" if draw.chance(0.4) else "none", trimmed=draw.chance(0.5),
+        tail=draw.pick(("none", "pooled", "pooled_block")), trimmed=draw.chance(0.5),
         scale=draw.pick((0.04, 0.1, 0.25)),
     )  # fmt: skip
 
@@ -208,7 +208,7 @@ def oracle(case: Case) -> tuple[Tensor, Tensor]:
 def _dense_softmax(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Dense masked softmax with the roundings a kernel for this dtype has.
 
-    float64: none. Otherwise products are accumulated in fp32, and softmax weights, pooled keys and pooled values
+    float64: none. Otherwise products are accumulated in fp32, and softmax weights, pooled queries, keys and values
     are rounded to the dtype, as the tensor cores require.
     """
     work = torch.float64 if dtype == torch.float64 else torch.float32
@@ -225,19 +225,22 @@ def _dense_softmax(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             columns = [k_tokens[s : max(s, min(e, limit))] for s, e in zip(k_edges[:-1], k_edges[1:], strict=True)]
             exact = torch.zeros(plan.q_len, plan.k_len, dtype=torch.bool)
             pooled = torch.zeros(plan.q_len, len(columns), dtype=torch.bool)
+            tail_q = q.clone()  # the query that scores pooled keys
             for i, (start, end) in enumerate(zip(q_edges[:-1], q_edges[1:], strict=True)):
                 rows = q_tokens[start:end]
                 kept = _lists(plan, b, h, i)
+                if plan.tail == "pooled_block" and len(rows):
+                    tail_q[rows] = q[rows].mean(0).to(dtype).to(work)
                 for j, block in enumerate(columns):
                     if j in kept:
                         exact[rows[:, None], block[None, :]] = True
-                    elif plan.tail == "pooled" and len(block):
+                    elif plan.tail != "none" and len(block):
                         pooled[rows, j] = True
             mean_k = torch.stack([k[block].mean(0) if len(block) else k[0] * 0 for block in columns])
             mean_v = torch.stack([v[block].mean(0) if len(block) else v[0] * 0 for block in columns])
             mean_k, mean_v = mean_k.to(dtype).to(work), mean_v.to(dtype).to(work)
             weights = torch.tensor([float(len(block)) for block in columns], dtype=work).log()
-            logits = torch.cat([q @ k.T * case.scale, q @ mean_k.T * case.scale + weights], 1)
+            logits = torch.cat([q @ k.T * case.scale, tail_q @ mean_k.T * case.scale + weights], 1)
             logits = logits.masked_fill(~torch.cat([exact, pooled], 1), -torch.inf)
             peak = logits.amax(1, keepdim=True)
             exponentials = (logits - peak).exp()

@@ -83,6 +83,7 @@ def features(seed: int) -> list[str]:
         "empty cluster": (case.plan.k_edges.diff(dim=-1) == 0).any(),
         "key lengths": shape.key_lengths,
         "pooled tail": shape.tail == "pooled",
+        "pooled tail per block": shape.tail == "pooled_block",
         "unequal blocks": shape.block_q != shape.block_k,
         "unequal lengths": shape.q_len != shape.k_len,
         "partial block": shape.k_len % shape.block_k and not shape.k_clusters,
@@ -94,7 +95,7 @@ def features(seed: int) -> list[str]:
     return [f"{shape.dtype}", *(name for name, on in flags.items() if on)]
 
 
-FEATURES = 14 + len(plans.DTYPES)
+FEATURES = 15 + len(plans.DTYPES)
 
 
 def test_random_plans_cover_every_feature():
@@ -190,7 +191,7 @@ def test_heads_and_batches_do_not_mix(impl):
     assert torch.equal(lse[others], want[1][others])
 
 
-@pytest.mark.parametrize("tail", ["none", "pooled"])
+@pytest.mark.parametrize("tail", ["none", "pooled", "pooled_block"])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_padded_keys_never_enter(impl, tail):
     mask = torch.rand(1, 3, 3, 7, generator=torch.Generator().manual_seed(4)) < 0.5
