@@ -1,7 +1,8 @@
 """Block-sparse attention on the GPU: one flash-attention forward whose key loop follows a `BlockPlan`.
 
 One program computes one tile of ``BLOCK_M`` positions of one query block. It walks the key blocks its query
-block keeps, tile by tile, and then, with a pooled tail, the pooled keys of all blocks with the kept ones masked.
+block keeps, tile by tile, and then, with a pooled tail, the pooled keys of all blocks with the kept ones masked,
+or the one key that `block_tail` made of them for the whole query block.
 Softmax runs online in the base-2 domain (Milakov & Gimelshein 2018; Dao 2023), accumulation in fp32.
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
 from dsattn.errors import ImplUnavailableError
+from dsattn.kernels.block_tail import block_tail
 from dsattn.kernels.pooling import pool_blocks
 
 LOG2E = math.log2(math.e)
@@ -52,7 +54,7 @@ _UNSPECIALIZED = (
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _forward(  # type: ignore[no-untyped-def]
     Q, K, V, Out, Lse,
-    Counts, Indices,
+    Counts, Indices, TailValue, TailWeight,
     QOrder, KOrder, TileBlock, TileStart, QStarts, KStarts, KeyLengths,
     PooledK, PooledV, LogCount, Kept,
     stride_qb, stride_qs, stride_qh, stride_qd,
@@ -67,7 +69,7 @@ def _forward(  # type: ignore[no-untyped-def]
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_Q: tl.constexpr, TILES_K: tl.constexpr,
     HAS_Q_ORDER: tl.constexpr, HAS_K_ORDER: tl.constexpr,
-    HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr,
+    HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr, HAS_BLOCK_TAIL: tl.constexpr,
     HAS_KEY_LENGTHS: tl.constexpr, HAS_TAIL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(query tiles, heads, batch)``. ``scale`` includes log2(e); 64-bit wherever a length meets a stride."""
@@ -180,6 +182,18 @@ def _forward(  # type: ignore[no-untyped-def]
             logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias[None, :]
             v = tl.load(PooledV + pooled_rows * DV + dims_v[None, :], mask=v_mask, other=0.0)
             peak, total, acc = _absorb(logits, 1.0, v, peak, total, acc, PRECISION)
+
+    # Tail per query block: one key, whose weight (base 2) and value are the same for all rows.
+    if HAS_BLOCK_TAIL:
+        own = (b * heads + h) * q_blocks + block
+        weight = tl.load(TailWeight + own)
+        value = tl.load(TailValue + own * DV + dims_v, mask=dims_v < DV, other=0.0)
+        new_peak = tl.maximum(peak, weight)
+        decay = tl.exp2(peak - new_peak)
+        share = tl.exp2(weight - new_peak)
+        total = total * decay + share
+        acc = acc * decay[:, None] + share[:, None] * value[None, :]
+        peak = new_peak
 
     # A row without any readable key (no valid plan has one) gives zeros and -inf instead of NaN.
     nothing = total == 0
@@ -317,13 +331,18 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, 
         pooled_k, pooled_v = pooled_k.to(q.dtype).contiguous(), pooled_v.to(q.dtype).contiguous()
         log_count = (log_count * LOG2E).contiguous()
         kept = spread(plan.block_mask.view(torch.uint8))
+    tail_value = tail_weight = None
+    if plan.tail == "pooled_block":
+        shape = pick_tiles(64, 64, max(dim, dim_v), q.dtype, _architecture(q.device))
+        how = shape._asdict() | {"precision": precision(q.dtype, _backend()), "scale_log2": scale * LOG2E}
+        tail_value, tail_weight = block_tail(q, k, v, plan, **how)
 
     out = torch.empty(batch, q_len, heads, dim_v, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         _forward[(programs, heads, batch)](
             q, k, v, out, lse,
-            counts, indices,
+            counts, indices, tail_value, tail_weight,
             q_order, k_order, tile_block, tile_start, q_starts, k_starts, plan.key_lengths,
             pooled_k, pooled_v, log_count, kept,
             *(q.stride(i) for i in range(4)), *(k.stride(i) for i in range(4)), *(v.stride(i) for i in range(4)),
@@ -340,6 +359,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, 
             TILES_Q=tiles_q, TILES_K=triton.cdiv(plan.block_k, tiles.block_n),
             HAS_Q_ORDER=q_order is not None, HAS_K_ORDER=k_order is not None,
             HAS_Q_STARTS=q_starts is not None, HAS_K_STARTS=k_starts is not None,
+            HAS_BLOCK_TAIL=tail_weight is not None,
             HAS_KEY_LENGTHS=plan.key_lengths is not None, HAS_TAIL=kept is not None,
             PRECISION=precision(q.dtype, _backend()),
             num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,

@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 from dsattn.kernels import (
     block_sparse,
     block_sparse_backward,
+    block_tail,
     cluster_errors_triton,
     kmeans_triton,
     linear_attention,
@@ -50,6 +51,7 @@ FEATURES = {
     "order": ("order",),
     "clusters": ("order", "starts"),
     "tail": ("tail",),
+    "block tail": ("block_tail",),
     "all": ("order", "starts", "tail", "key_lengths"),
 }
 # The kernels of the backward pass, which stand where features do; with the tiles each takes of the pair.
@@ -80,7 +82,8 @@ class Variant:
 class Helper:
     """One specialisation of a kernel that makes or completes plans, all its features on.
 
-    kernel: "assign" (k-means), "errors" (of pooled clusters, in the output) or "means" (over runs of positions).
+    kernel: "assign" (k-means), "errors" (of pooled clusters, in the output), "means" (over runs of positions) or
+    "tail" (per query block).
     """
 
     kernel: str
@@ -110,6 +113,7 @@ VARIANTS: list[Variant | Helper] = [
     *(Helper("errors", dtype, dim) for dtype in ("bf16", "fp32") for dim in (64, 128)),
     Helper("errors", "bf16", 256),
     *(Helper("means", dtype, dim) for dtype in ("bf16", "fp32") for dim in (64, 128)),
+    *(Helper("tail", dtype, dim) for dtype, dim in (("bf16", 128), ("bf16", 256), ("fp32", 128))),
 ]
 
 
@@ -131,6 +135,8 @@ class Measured:
 def tiles_of(variant: Variant | Helper, target: GPUTarget) -> block_sparse.Tiles:
     """Tile shape that the launcher would pick."""
     if isinstance(variant, Helper):
+        if variant.kernel == "tail":
+            return block_sparse.pick_tiles(64, 32, variant.head_dim, DTYPES[variant.dtype], target.arch)
         # "means" has tiles of its own, and Triton's default of stages.
         means = block_sparse.Tiles(segments_triton.BLOCK_S, variant.head_dim, segments_triton.WARPS, 3)
         pick = {"assign": kmeans_triton.pick_tiles, "errors": cluster_errors_triton.pick_tiles}.get(variant.kernel)
@@ -153,7 +159,7 @@ def source(variant: Variant | Helper, target: GPUTarget) -> ASTSource:
         return linear_source(variant, target)
     dtype, dim = DTYPES[variant.dtype], variant.head_dim
     tiles = tiles_of(variant, target)
-    has = {feature: feature in FEATURES[variant.features] for feature in FEATURES["all"]}
+    has = {feature: feature in FEATURES[variant.features] for feature in (*FEATURES["all"], "block_tail")}
     element = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}[variant.dtype]
     padded = max(16, triton.next_power_of_2(dim))
     pointers: dict[str, str | None] = {
@@ -166,6 +172,7 @@ def source(variant: Variant | Helper, target: GPUTarget) -> ASTSource:
         **dict.fromkeys(("PooledK", "PooledV"), element if has["tail"] else None),
         "LogCount": "*fp32" if has["tail"] else None,
         "Kept": "*u8" if has["tail"] else None,
+        **dict.fromkeys(("TailValue", "TailWeight"), "*fp32" if has["block_tail"] else None),
     }
     constants: dict[str, Any] = {
         "D": dim, "DV": dim, "BLOCK_D": padded, "BLOCK_DV": padded,
@@ -173,7 +180,7 @@ def source(variant: Variant | Helper, target: GPUTarget) -> ASTSource:
         "TILES_Q": triton.cdiv(variant.block_q, tiles.block_m), "TILES_K": triton.cdiv(variant.block_k, tiles.block_n),
         "HAS_Q_ORDER": has["order"], "HAS_K_ORDER": has["order"],
         "HAS_Q_STARTS": has["starts"], "HAS_K_STARTS": has["starts"],
-        "HAS_KEY_LENGTHS": has["key_lengths"], "HAS_TAIL": has["tail"],
+        "HAS_KEY_LENGTHS": has["key_lengths"], "HAS_TAIL": has["tail"], "HAS_BLOCK_TAIL": has["block_tail"],
         "PRECISION": block_sparse.precision(dtype, target.backend),
         "stride_qd": 1, "stride_kd": 1, "stride_vd": 1,
     }  # fmt: skip
@@ -240,6 +247,14 @@ def helper_source(variant: Helper, target: GPUTarget) -> ASTSource:
         "means": (
             segments_triton._segment_means,
             {"X": element, "Order": "*i64", "Starts": "*i32", "KeyLengths": "*i32", "Empty": "*fp32", "Means": "*fp32"},
+        ),
+        "tail": (
+            block_tail._block_tail,
+            {
+                **dict.fromkeys(("MeanQ", "PooledK", "PooledV"), element),
+                **dict.fromkeys(("LogCount", "TailValue", "TailWeight"), "*fp32"),
+                "Kept": "*u8",
+            },
         ),
     }[variant.kernel]
     padded = max(16, triton.next_power_of_2(dim))
