@@ -333,7 +333,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, 
         kept = spread(plan.block_mask.view(torch.uint8))
     tail_value = tail_weight = None
     if plan.tail == "pooled_block":
-        shape = pick_tiles(64, 64, max(dim, dim_v), q.dtype, _architecture(q.device))
+        shape = pick_tiles(64, 32, max(dim, dim_v), q.dtype, _architecture(q.device))
         how = shape._asdict() | {"precision": precision(q.dtype, _backend()), "scale_log2": scale * LOG2E}
         tail_value, tail_weight = block_tail(q, k, v, plan, **how)
 
