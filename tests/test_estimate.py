@@ -20,7 +20,9 @@ def tensors(batch: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32):
     [
         ("topk", {"density": 0.2, "block_q": 32, "block_k": 16}),
         ("topk", {"density": 0.2, "tail": "none", "order": "hilbert", "block_q": 16, "block_k": 16}),
+        ("topk", {"density": 0.2, "tail": "pooled_block", "block_q": 32, "block_k": 16}),
         ("semantic", {"density": 0.2}),
+        ("semantic", {"density": 0.2, "tail": "pooled_block"}),
         ("semantic", {"top_p": 0.5, "tail": "none"}),
         ("spatial_temporal", {"density": 0.4, "block": 16}),
         ("radial", {"block": 32}),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsattn.block_plan import BlockPlan, LinearTail
 from dsattn.grid import VideoGrid
-from dsattn.kernels.pooling import pool_blocks
+from dsattn.kernels.pooling import pool_blocks, pool_tail
 from dsattn.kernels.sparse_linear import linear_attention
 
 
@@ -27,7 +27,8 @@ def sample_rows(grid: VideoGrid, count: int, seed: int) -> Tensor:
 class RowSample:
     """Exact attention of R sampled queries, computed once and compared with any number of plans.
 
-    q, k, v: ``[B, R, H, D]``, ``[B, S, H, D]`` twice; logits ``[B, H, R, S]`` and exact ``[B, H, R, D]`` in fp32.
+    q, k, v: ``[B, R, H, D]``, ``[B, S, H, D]`` twice; logits ``[B, H, R, S]`` and exact ``[B, H, R, D]`` in fp32;
+    queries ``[B, S, H, D]``: all of them.
     """
 
     rows: Tensor
@@ -36,6 +37,7 @@ class RowSample:
     v: Tensor
     logits: Tensor
     exact: Tensor
+    queries: Tensor
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, v: Tensor, rows: Tensor) -> RowSample:
@@ -43,7 +45,7 @@ class RowSample:
         chosen = q[:, rows].float().transpose(1, 2)
         keys, values = k.float().transpose(1, 2), v.float().transpose(1, 2)
         logits = chosen @ keys.mT * q.shape[-1] ** -0.5
-        return cls(rows, chosen, k, v, logits, logits.softmax(-1) @ values)
+        return cls(rows, chosen, k, v, logits, logits.softmax(-1) @ values, q)
 
     @property
     def values(self) -> Tensor:
@@ -59,7 +61,14 @@ class RowSample:
             tail = self.q @ k_pool.mT * self.q.shape[-1] ** -0.5 + log_count[:, :, None]
             logits = torch.cat([logits, tail.masked_fill(plan.kept_blocks(self.rows), -torch.inf)], -1)
             values = torch.cat([values, v_pool], 2)
-        found = logits.softmax(-1) @ values
+        if plan.tail == "pooled_block":
+            value, log_weight = pool_tail(self.queries, self.k, self.v, plan, self.q.shape[-1] ** -0.5)
+            own = plan.q_block_of_token.expand(*value.shape[:2], -1)[..., self.rows]
+            weights = torch.cat([logits, log_weight.gather(2, own)[..., None]], -1).softmax(-1)
+            tail = weights[..., -1:] * value.gather(2, own[..., None].expand(-1, -1, -1, value.shape[-1]))
+            found = weights[..., :-1] @ values + tail
+        else:
+            found = logits.softmax(-1) @ values
         return relative_error(found if plan.linear is None else found + self._linear(plan, plan.linear), self.exact)
 
     def _linear(self, plan: BlockPlan, tail: LinearTail) -> Tensor:
