@@ -170,15 +170,26 @@ def require_budget(default: float, **budgets: float | None) -> float | None:
         UsageError: more than one is given, or one is not in (0, 1].
 
     """
-    given = {name: value for name, value in budgets.items() if value is not None}
-    if len(given) > 1:
-        came = " and ".join(f"{name}={value}" for name, value in given.items())
-        raise UsageError(f"give only one of {', '.join(budgets)}; got {came}")
+    given = require_one_of(**budgets)
     for name, value in given.items():
         require(name, value, (int, float), low=0, high=1)
         if value == 0:
             raise UsageError(f"{name} must be above 0, got {value!r}")
     return budgets.get("density") if given else default
+
+
+def require_one_of(**options: T | None) -> dict[str, T]:
+    """Check that at most one of some options is given (not None); returns those that are.
+
+    Raises:
+        UsageError: naming the options and what came.
+
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    if len(given) > 1:
+        came = " and ".join(f"{name}={value}" for name, value in given.items())
+        raise UsageError(f"give only one of {', '.join(options)}; got {came}")
+    return given
 
 
 def require_choice(name: str, value: Any, choices: Iterable[Any]) -> None:

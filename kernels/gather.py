@@ -70,9 +70,7 @@ def block_sparse_attention(
     return out, None if lse is None else lse[:-1].view(batch, q_len, heads).transpose(1, 2).contiguous()
 
 
-def _tail_keys(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, kept: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _tail_keys(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, kept: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The tail as more keys: their rows ``[*, D + Dv]``, T per head or per plan row, and biases ``[plan rows, T]``."""
     if plan.tail == "pooled":
         k_pool, v_pool, log_count = pool_blocks(k, v, plan)

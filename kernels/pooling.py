@@ -49,7 +49,7 @@ def pool_blocks(k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor, 
 
 
 def pool_queries(q: Tensor, plan: BlockPlan) -> Tensor:
-    """``[B, H, Nq, D]`` fp32 (fp64): mean query of every query block, 0 for an empty one; ``q`` is ``[B, Sq, H, D]``."""
+    """Mean query of every query block, 0 for an empty one: ``[B, Sq, H, D]`` to ``[B, H, Nq, D]`` fp32 (fp64)."""
     # The blocks of the queries in place of those of the keys: nothing else of this plan is read.
     as_keys = replace(
         plan,

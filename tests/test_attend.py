@@ -173,12 +173,13 @@ def test_orders_change_nothing_when_all_is_kept(impl):
         close(got, want, 2 * allowed)
 
 
+@pytest.mark.parametrize("tail", ["pooled", "pooled_block"])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_heads_and_batches_do_not_mix(impl):
+def test_heads_and_batches_do_not_mix(impl, tail):
     """NaN in one head of one batch stays there."""
     mask = torch.rand(2, 3, 3, 7, generator=torch.Generator().manual_seed(2)) < 0.5
     mask[..., 3] = True
-    case = plain_case(torch.float32, mask, tail="pooled")
+    case = plain_case(torch.float32, mask, tail=tail)
     want = run(case, impl)
     q, k, v = case.q.clone(), case.k.clone(), case.v.clone()
     for x in (q, k, v):
@@ -220,8 +221,43 @@ def test_expanded_heads_and_transposed_storage(impl):
 def test_scale_of_any_sign(impl, scale):
     mask = torch.rand(1, 3, 3, 7, generator=torch.Generator().manual_seed(6)) < 0.5
     mask[..., 1] = True
-    case = replace(plain_case(torch.float32, mask, tail="pooled"), scale=scale)
-    plans.check(case, *run(case, impl))
+    for tail in ("pooled", "pooled_block"):
+        case = replace(plain_case(torch.float32, mask, tail=tail), scale=scale)
+        plans.check(case, *run(case, impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_tail_per_block_is_tail_per_row_where_queries_are_alike(impl):
+    """Clusters of equal queries, one of them empty, one keeping everything: the mean query is every query."""
+    mask = torch.rand(2, 3, 6, 7, generator=torch.Generator().manual_seed(10)) < 0.4
+    mask[..., 2], mask[:, :, 4] = True, True
+    starts = torch.tensor([[[0, 5, 5, 30, 31, 60, 77]]], dtype=torch.int32)
+    order = plans.Draw(11).permutations((2, 3), 77)
+    cases = [
+        plain_case(torch.float32, mask, q_starts=starts, q_order=order, tail=t) for t in ("pooled", "pooled_block")
+    ]
+    first = starts[0, 0, torch.searchsorted(starts[0, 0, 1:], torch.arange(77), right=True)].long()
+    for b, h in ((b, h) for b in range(2) for h in range(3)):
+        for case in cases:
+            case.q[b, order[b, h], h] = cases[0].q[b, order[b, h, first], h].clone()
+    budgets = [plans.error_budget(case) for case in cases]
+    (out, lse), (out_block, lse_block) = (run(case, impl) for case in cases)
+    close(out_block, out, sum(b.out for b in budgets))
+    close(lse_block, lse, sum(b.lse for b in budgets))
+
+
+def test_tail_per_block_has_the_gradients_of_its_formula():
+    """Rows that skip nothing have a tail of weight zero: its logarithm must not spread NaN."""
+    mask = torch.rand(1, 1, 3, 7, generator=torch.Generator().manual_seed(12)) < 0.5
+    mask[0, 0, 1] = True
+    case = plain_case(torch.float64, mask, tail="pooled_block")
+    tensors = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+    wanted = [x.clone().requires_grad_() for x in (case.q, case.k, case.v)]
+    attend(*tensors, case.plan, impl="torch", scale=case.scale).square().sum().backward()
+    plans.oracle(replace(case, q=wanted[0], k=wanted[1], v=wanted[2]))[0].square().sum().backward()
+    for x, y in zip(tensors, wanted, strict=True):
+        assert float(y.grad.abs().max()) > 0
+        torch.testing.assert_close(x.grad, y.grad)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -270,9 +306,12 @@ def test_float64_is_refused_by_fast_implementations(impl):
         attend(case.q, case.k, case.v, case.plan, impl=impl)
 
 
+@pytest.mark.parametrize("tail", ["pooled", "pooled_block"])
 @pytest.mark.parametrize("impl", ["reference", "torch"])
-def test_float64_is_exact(impl):
-    case = plain_case(torch.float64, tail="pooled")
+def test_float64_is_exact(impl, tail):
+    mask = torch.rand(2, 3, 3, 7, generator=torch.Generator().manual_seed(9)) < 0.5
+    mask[..., 1] = True
+    case = plain_case(torch.float64, mask, tail=tail)
     out, lse = attend(case.q, case.k, case.v, case.plan, impl=impl, return_lse=True, scale=case.scale)
     want = plans.oracle(case)
     close(out, want[0], 1e-13)

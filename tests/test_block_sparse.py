@@ -91,7 +91,7 @@ def test_any_block_size(block_q, block_k):
     draw = plans.Draw(block_q)
     mask = draw.uniform(1, 2, -(-301 // block_q), -(-150 // block_k)) < 0.4
     mask[..., 0] = True
-    for tail in ("none", "pooled"):
+    for tail in ("none", "pooled", "pooled_block"):
         plan = BlockPlan.from_mask(mask, 301, 150, batch=1, heads=2, block_q=block_q, block_k=block_k, tail=tail)
         check(case_of(plan))
 
@@ -117,8 +117,9 @@ def test_values_may_be_narrower_than_keys():
     q, k, v = draw.normal(1, 70, 2, 64), draw.normal(1, 90, 2, 64), draw.normal(1, 90, 2, 24)
     mask = torch.rand(1, 2, 5, 6, generator=draw.generator) < 0.5
     mask[..., 2] = True
-    plan = BlockPlan.from_mask(mask, 70, 90, batch=1, heads=2, block_q=16, block_k=16, tail="pooled")
-    check(plans.Case("", q, k, v, plan, 0.2))
+    for tail in ("pooled", "pooled_block"):
+        plan = BlockPlan.from_mask(mask, 70, 90, batch=1, heads=2, block_q=16, block_k=16, tail=tail)
+        check(plans.Case("", q, k, v, plan, 0.2))
 
 
 def test_large_logits_do_not_overflow():

@@ -47,14 +47,45 @@ def test_engine_option_errors(values, message):
         ("radial", {"block": 100}, "block must be one of 32, 64, 128; got 100"),
         ("radial", {"compat": "paper"}, "compat must be one of"),
         ("topk", {"density": 0.0}, "density must be above 0"),
-        ("topk", {"density": 0.2, "top_p": 0.9}, "give only one of density, top_p"),
-        ("topk", {"tail": "linear"}, "tail must be one of none, pooled; got 'linear'"),
+        ("semantic", {"density": 0.2, "target_error": 0.1}, "give only one of density, target_error"),
+        ("sol", {"density": 0.2, "tau": 1.0}, "give only one of tau, density; got tau=1.0 and density=0.2"),
+        ("sol", {"tau": 11}, r"tau must be a number in \[-10, 10\], got 11"),
+        ("topk", {"tail": "best"}, "tail must be one of none, pooled.*; got 'best'"),
+        ("topk", {"density": {0: 0.2}}, "density must be a number or a table .*; got {0: 0.2}"),
+        ("topk", {"density": "0:nan"}, r"density must be a number in \[0, 1\], got nan in '0:nan'"),
+        ("topk", {"density": "0.2"}, "density must be a number or a table such as '0:0.3,0.5:0.1'.*no start:value"),
+        ("topk", {"density": "0:0.3,0.5:x"}, "got '0:0.3,0.5:x': could not convert string to float: 'x'"),
+        ("topk", {"top_p": "0:0.9,0.5:1.2"}, r"top_p must be a number in \[0, 1\], got 1.2 in '0:0.9,0.5:1.2'"),
+        ("topk", {"top_p": "0:0.9,0.5:0"}, "top_p must be above 0"),
+        ("semantic", {"density": "0.1:0.3"}, "the first start must be 0"),
+        ("semantic", {"density": "0:0.3,0.5:0.2,0.4:0.1"}, "starts must rise"),
+        ("semantic", {"density": "0:0.3,1.5:0.2"}, r"shares of the run lie in \[0, 1\)"),
+        ("semantic", {"target_error": "0:0.3,3:0.2,0.5:0.1"}, "numbers of steps or shares of the run, not both"),
+        ("topk", {"density": float("nan")}, r"density must be a number in \[0, 1\], got nan"),
+        ("topk", {"routing_noise": -1}, r"routing_noise must be a number in \[0, 10\], got -1"),
         ("topk", {"dense_step": 1}, "did you mean 'dense_steps'"),
     ],
 )
 def test_method_option_errors(method, values, message):
     with pytest.raises(UsageError, match=message):
         Engine(method, **values)
+
+
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [
+        ("topk", {"density": "0:0.3,0.5:0.1", "top_p": 0.9}),
+        ("semantic", {"target_error": "0:0.05,10:0.1", "routing_noise": 0.2}),
+        ("sol", {"tau": "0:1.3,0.2:1.0,0.6:0.8", "tail": "pooled_block"}),
+    ],
+)
+def test_tables_round_trip_and_hash(method, values, tmp_path):
+    engine = Engine(method, **values)
+    assert Config.from_dict(engine.config.to_dict()) == engine.config
+    assert hash(engine.method_config) == hash(Engine(method, **engine.config.options).method_config)
+    path = tmp_path / "table.yaml"
+    path.write_text(f"method: {method}\n" + "".join(f"{name}: {value}\n" for name, value in values.items()))
+    assert as_engine(path).method_config == engine.method_config
 
 
 def test_yaml_file(tmp_path):

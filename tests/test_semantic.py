@@ -332,7 +332,7 @@ def test_a_target_error_follows_drift_rung_by_rung():
     "options",
     [
         {"density": 0.0},
-        {"density": 0.1, "top_p": 0.9},
+        {"density": 0.1, "target_error": 0.1},
         {"target_error": 2.0},
         {"target_error": 0.1, "top_p": 0.9},
         {"q_clusters": -1},

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
+from dsattn.grid import Call
+from dsattn.methods.budget import Table, at_step
 
 
 @dataclass(frozen=True)
@@ -18,16 +20,30 @@ class Ranked:
     share: ``[b, h, Nq, Nk]`` fp32, b and h as in a plan: a query block reads a key block exactly at densities from
         this one on; at most 1, and negative where it always does.
     make: plan from a block map ``[b, h, Nq, Nk]``.
+    before: ``[b, h, Nq, Nk]`` fp32, the share of the estimated softmax mass that better blocks hold, negative where a
+        block is always read; for methods that can keep blocks by their mass.
     """
 
     share: Tensor
     make: Callable[[Tensor], BlockPlan]
+    before: Tensor | None = None
 
     def at(self, density: Tensor | float) -> BlockPlan:
         """Plan that reads this share of the keys, a number or ``[b, h]``."""
         if isinstance(density, Tensor):
             density = density[..., None, None]
         return self.make(self.share <= density)
+
+    def within(self, density: Table | None, top_p: Table | None, call: Call) -> BlockPlan:
+        """Plan by density, by mass (the block that crosses the mark is read), or what either of them reads."""
+        keep = self.share < 0
+        if density is not None:
+            keep = keep | (self.share <= at_step(density, call))
+        if top_p is not None and self.before is not None:
+            mark = at_step(top_p, call)
+            # Rounding may leave a cumulated share just above top_p = 1: read all then.
+            keep = keep | (self.before < mark) | (mark == 1)
+        return self.make(keep)
 
 
 def share_by_rank(score: Tensor, cost: Tensor, always: Tensor | None = None) -> Tensor:
@@ -43,11 +59,27 @@ def share_by_rank(score: Tensor, cost: Tensor, always: Tensor | None = None) -> 
         than half of it fits; -1 for blocks that are always read and for the best one of every row.
 
     """
-    if always is not None:
-        score = score.masked_fill(always, torch.inf)
-    order = score.sort(dim=-1, descending=True, stable=True).indices
+    order = _order(score, always)
     ranked = cost.float().expand_as(score).gather(-1, order)
-    share = ranked.cumsum(-1) - ranked / 2
-    share[..., 0] = -1
-    share = torch.empty_like(share).scatter_(-1, order, share)
-    return share if always is None else share.masked_fill(always, -1.0)
+    return _by_block(ranked.cumsum(-1) - ranked / 2, order, always)
+
+
+def mass_before(score: Tensor, mass: Tensor, always: Tensor | None = None) -> Tensor:
+    """Mass of the better blocks of the same row, for every block; arguments and -1 as for ``share_by_rank``.
+
+    ``mass [b, h, Nq, Nk]``: share of the estimated softmax mass in each key block.
+    """
+    order = _order(score, always)
+    ranked = mass.gather(-1, order)
+    return _by_block(ranked.cumsum(-1) - ranked, order, always)
+
+
+def _order(score: Tensor, always: Tensor | None) -> Tensor:
+    score = score if always is None else score.masked_fill(always, torch.inf)
+    return score.sort(dim=-1, descending=True, stable=True).indices
+
+
+def _by_block(by_rank: Tensor, order: Tensor, always: Tensor | None) -> Tensor:
+    by_rank[..., 0] = -1
+    by_block = torch.empty_like(by_rank).scatter_(-1, order, by_rank)
+    return by_block if always is None else by_block.masked_fill(always, -1.0)

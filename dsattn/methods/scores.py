@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
+
+from dsattn.grid import Call
 
 # Sub-blocks along each side of a block.
 CELLS = 4
@@ -68,6 +70,53 @@ def subblock_scores(q: Tensor, k: Tensor, block_q: int, block_k: int, order: Ten
     pad = (0, columns * CELLS - cells.shape[-1], 0, rows * CELLS - cells.shape[-2])
     cells = torch.nn.functional.pad(cells, pad, value=-torch.inf)
     return cells.view(*cells.shape[:2], rows, CELLS, columns, CELLS).logsumexp((3, 5))
+
+
+def routing_noise(
+    std: float, shape: tuple[int, int, int], call: Call, seed: int, device: torch.device
+) -> Tensor | float:
+    """Random numbers to add to block scores, so that the same block is not passed over at every step.
+
+    The number of a block pair follows from seed, layer, step, head and block indices alone: branches of guidance, rows
+    of a batch and ranks that share out the heads agree, and nothing is drawn on, or copied from, the host.
+
+    Source: PASA (arXiv 2604.12219) adds a small random bias; the hash is "lowbias32" by Wellons, with the constants
+    of TheIronBorn.
+
+    Args:
+        std: standard deviation of the Gaussian, in the natural-log units of the scores; 0 for none.
+        shape: heads, query blocks, key blocks.
+        call: its layer, step and first head.
+        seed: draws other numbers.
+        device: of the result.
+
+    Returns:
+        ``[H, Nq, Nk]`` fp32, or 0.0 without noise.
+
+    """
+    if std == 0:
+        return 0.0
+    heads, rows, columns = (torch.arange(n, device=device) for n in shape)
+    start = 0
+    for part in (seed & 0xFFFFFFFF, call.layer, call.step):
+        start = _hash(start ^ part)
+    per_head = _hash((heads + call.first_head) ^ start)
+    per_row = _hash(per_head[:, None] ^ rows)
+    bits = _hash(per_row[..., None] ^ columns)
+    # 23 bits, in the middle of their step: never 0 or 1, whose Gaussian would be infinite.
+    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23
+    noise: Tensor = torch.special.ndtri(uniform) * std
+    return noise
+
+
+_Integer = TypeVar("_Integer", Tensor, int)
+
+
+def _hash(x: _Integer) -> _Integer:
+    """Integers in [0, 2**32) to integers in [0, 2**32) without visible pattern; products stay below 2**63."""
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 15)
 
 
 ScorerName = Literal["mean", "subblock"]

@@ -10,7 +10,6 @@ logits instead of tokens, and values beside keys, are options of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,15 +17,17 @@ import torch
 from torch import Tensor
 
 from dsattn.block_plan import TAILS, BlockPlan, Tail
-from dsattn.config import require, require_budget, require_choice
+from dsattn.config import require, require_choice, require_one_of
 from dsattn.errors import UsageError
 from dsattn.grid import Call, VideoGrid
 from dsattn.kernels.cluster_errors import cluster_errors
 from dsattn.kernels.kmeans import Clusters, draw_tokens, first_centroids, kmeans
 from dsattn.methods.base import Memory, Method
+from dsattn.methods.budget import Table, at_step, require_shares
 from dsattn.methods.cluster_space import METRICS, ClusterSpace, Metric
 from dsattn.methods.estimate import RowSample, fit_density, sample_rows
-from dsattn.methods.ranked import Ranked
+from dsattn.methods.ranked import Ranked, mass_before, share_by_rank
+from dsattn.methods.scores import routing_noise
 
 # Tile of text and prefix tokens, and the tile that kernels should use within clusters.
 TILE = 64
@@ -42,7 +43,10 @@ ROUTINGS: tuple[Routing, ...] = ("mass", "weight_error", "output_error")
 
 @dataclass(frozen=True)
 class SemanticConfig:
-    """Options of ``semantic``; ``density``, ``top_p`` and ``target_error`` exclude each other.
+    """Options of ``semantic``. With both ``density`` and ``top_p``, a cluster reads what either of them keeps.
+
+    Budgets are numbers, or tables over the run such as ``"0:0.2,0.5:0.05"`` (``dsattn.methods.budget``);
+    ``target_error`` excludes the others.
 
     Args:
         density: share of the keys that every query cluster reads exactly, in (0, 1], text and prefix included;
@@ -56,20 +60,22 @@ class SemanticConfig:
             most 1000).
         first_iterations: k-means iterations of the first plan of a run; all but the last on a quarter of the tokens.
         iterations: k-means iterations of later plans, which start from the last centroids.
-        tail: what skipped clusters contribute, ``"pooled"`` or ``"none"``.
+        tail: what skipped clusters contribute, ``"pooled"``, ``"pooled_block"`` or ``"none"``.
         metric: distance between tokens: ``"euclidean"``; ``"query"``, between keys the mean squared difference of
             their logits over the queries; ``"logit"``, also between queries that over the keys (``ClusterSpace``).
         values: how much values count beside keys when these are clustered, at least 0; at 1 both weigh the same.
         routing: key clusters are read in the order of their estimated softmax ``"mass"`` per key, or of the squared
             error per key that pooling them would cause, in the weights (``"weight_error"``) or in the output
             (``"output_error"``); the last two need ``tail="pooled"``.
-        seed: draws the tokens that are the first centroids, and the sampled queries.
+        seed: draws the tokens that are the first centroids, the sampled queries and the noise.
+        routing_noise: standard deviation of a Gaussian that is added to the logarithm of what clusters are ordered by,
+            new at every plan, so that no cluster is passed over at every step (PASA); 0 is none.
 
     """
 
-    density: float | None = None
-    top_p: float | None = None
-    target_error: float | None = None
+    density: Table | None = None
+    top_p: Table | None = None
+    target_error: Table | None = None
     rows: int = 64
     q_clusters: int = 0
     k_clusters: int = 0
@@ -80,10 +86,13 @@ class SemanticConfig:
     values: float = 0.0
     routing: Routing = "mass"
     seed: int = 0
+    routing_noise: float = 0.0
 
     def __post_init__(self) -> None:
-        budget = require_budget(0.065, density=self.density, top_p=self.top_p, target_error=self.target_error)
-        object.__setattr__(self, "density", budget)
+        require_one_of(density=self.density, target_error=self.target_error)
+        require_one_of(top_p=self.top_p, target_error=self.target_error)
+        if not require_shares(density=self.density, top_p=self.top_p, target_error=self.target_error):
+            object.__setattr__(self, "density", 0.065)
         require("rows", self.rows, int, low=1)
         require("q_clusters", self.q_clusters, int, low=0)
         require("k_clusters", self.k_clusters, int, low=0)
@@ -99,6 +108,7 @@ class SemanticConfig:
                 f"got tail={self.tail!r}; use routing='mass'"
             )
         require("seed", self.seed, int)
+        require("routing_noise", self.routing_noise, (int, float), low=0, high=10)
 
 
 def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, memory: Memory) -> BlockPlan:
@@ -108,26 +118,16 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, me
         q, k, v: ``[B, S, H, D]`` after norm and RoPE; S must equal ``call.grid.tokens``.
 
     """
-    ranking, make = _rank_clusters(q, k, v, call, config, memory)
-    if config.target_error is not None:
-        sample = RowSample.of(q, k, v, sample_rows(call.grid, config.rows, config.seed).to(q.device))
-        made, memory["rung"] = fit_density(ranking.ranked(make).at, sample, config.target_error, memory.get("rung"))
-        return made
-    if config.density is not None:
-        return ranking.ranked(make).at(config.density)
-    return make(ranking.up_to(config.top_p or 1.0))
+    ranked = rank(q, k, v, call, config, memory)
+    if config.target_error is None:
+        return ranked.within(config.density, config.top_p, call)
+    sample = RowSample.of(q, k, v, sample_rows(call.grid, config.rows, config.seed).to(q.device))
+    made, memory["rung"] = fit_density(ranked.at, sample, at_step(config.target_error, call), memory.get("rung"))
+    return made
 
 
 def rank(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, memory: Memory) -> Ranked:
-    """Clusters by their worth per key; the arguments are those of ``plan``, budgets play no part."""
-    ranking, make = _rank_clusters(q, k, v, call, config, memory)
-    return ranking.ranked(make)
-
-
-def _rank_clusters(
-    q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, memory: Memory
-) -> tuple[_Ranking, Callable[[Tensor], BlockPlan]]:
-    """Ranked key clusters of every query cluster, and what makes a plan of a map of all blocks ``[B, H, Nq, Nk]``."""
+    """Clusters by their worth per key; the arguments are those of ``plan``, the values of budgets play no part."""
     batch, length, heads, _ = q.shape
     grid = call.grid
     video = slice(grid.video_start, grid.video_end)
@@ -139,8 +139,15 @@ def _rank_clusters(
     k_side = _cluster(tokens, space, config.k_clusters, (K_TOKENS, K_MOST), config, memory, "k_centroids")
     q_order, q_starts, exact = _lay_out(q_side, grid)
     k_order, k_starts, _ = _lay_out(k_side, grid)
-    score, share = _scores(q_side, k_side, k_video, v_video, config.routing)
-    ranking = _Ranking.of(score, share, k_side.sizes, length, length - grid.video_tokens, exact)
+    score, mass = _scores(q_side, k_side, k_video, v_video, config.routing)
+    if config.routing_noise:
+        shape = (heads, score.shape[2], score.shape[3])
+        score = score.log() + routing_noise(config.routing_noise, shape, call, config.seed, q.device)
+    # Counted in keys, which fp32 adds up without rounding. Text and prefix use up budget; they are blocks of their own
+    # behind the clusters, read by every row and column.
+    keys = share_by_rank(score, k_side.sizes[:, :, None])
+    share = torch.where(keys < 0, -1.0, (keys + (length - grid.video_tokens)) / length)
+    before = None if config.top_p is None else mass_before(score, mass)
 
     def make(keep: Tensor) -> BlockPlan:
         return BlockPlan.from_mask(
@@ -158,7 +165,10 @@ def _rank_clusters(
             tail=config.tail,
         )
 
-    return ranking, make
+    def with_exact(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, exact, 0, exact), value=-1)
+
+    return Ranked(with_exact(share), make, None if before is None else with_exact(before))
 
 
 def _cluster(
@@ -228,46 +238,6 @@ def _lay_out(clusters: Clusters, grid: VideoGrid) -> tuple[Tensor, Tensor, int]:
         position += stop - start
     exact = torch.tensor(ends, dtype=starts.dtype, device=device).expand(*lead, -1)
     return order, torch.cat([starts, exact], -1).to(torch.int32), len(ends)
-
-
-@dataclass(frozen=True)
-class _Ranking:
-    """Key clusters of every query cluster, best first, and what they cost and hold.
-
-    order: ``[B, H, Cq, Ck]`` int64; keys: the same, keys per ranked cluster; share: the same, its estimated softmax
-    mass. length, exact: all keys, and those that are read anyway and use up budget.
-    """
-
-    order: Tensor
-    keys: Tensor
-    share: Tensor
-    length: int
-    exact: int
-    exact_blocks: int
-
-    @classmethod
-    def of(cls, score: Tensor, share: Tensor, sizes: Tensor, length: int, exact: int, exact_blocks: int) -> _Ranking:
-        """By ``score [B, H, Cq, Ck]``, the worth of reading one key of the cluster."""
-        order = score.sort(dim=-1, descending=True, stable=True).indices
-        keys = sizes[:, :, None].expand_as(order).gather(-1, order)
-        return cls(order, keys, share.gather(-1, order), length, exact, exact_blocks)
-
-    def ranked(self, make: Callable[[Tensor], BlockPlan]) -> Ranked:
-        """Clusters by the share of all keys at which they come in: when more than half of one fits."""
-        share = (self.keys.cumsum(-1) - self.keys / 2 + self.exact) / self.length
-        share[..., 0] = -1
-        share = torch.empty_like(share).scatter_(-1, self.order, share)
-        return Ranked(self._with_exact(share, -1), make)
-
-    def up_to(self, top_p: float) -> Tensor:
-        """``[B, H, Nq, Nk]`` bool: clusters that hold a share of the mass, the one that crosses the mark included."""
-        # Rounding may leave a cumulated share just above top_p = 1: keep all then.
-        ranks = (self.share.cumsum(-1) - self.share < top_p) | (top_p == 1)
-        ranks[..., 0] = True
-        return self._with_exact(torch.zeros_like(ranks).scatter_(-1, self.order, ranks), True)
-
-    def _with_exact(self, of_clusters: Tensor, value: float) -> Tensor:
-        return torch.nn.functional.pad(of_clusters, (0, self.exact_blocks, 0, self.exact_blocks), value=value)
 
 
 METHOD = Method(
