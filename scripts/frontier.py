@@ -39,6 +39,7 @@ PROMPTS = (
     "a large yellow star moves left over a cloudy background",
 )
 DENSITIES = (0.05, 0.1, 0.2, 0.3)
+TAUS = (0.5, 0.8, 1.0, 1.3)
 ROWS = 256
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -151,6 +152,8 @@ def cases() -> list[tuple[str, str, list[dict[str, Any]]]]:
         ("topk hilbert subblock", "topk", by_density(order="hilbert", tail="none", scorer="subblock")),
         ("topk tile + pooled", "topk", by_density(order="tile")),
         ("topk morton + pooled (Sol-like)", "topk", by_density(order="morton")),
+        ("sol", "sol", [{"tau": t} for t in TAUS]),
+        ("sol + pooled per block", "sol", [{"tau": t, "tail": "pooled_block"} for t in TAUS]),
         ("topk hilbert + pooled", "topk", by_density(order="hilbert")),
         ("topk hilbert subblock + pooled", "topk", by_density(order="hilbert", scorer="subblock")),
         ("semantic (SVG2-like)", "semantic", by_density(tail="none")),
@@ -158,6 +161,7 @@ def cases() -> list[tuple[str, str, list[dict[str, Any]]]]:
         ("semantic by weight error (SVG-EAR-like)", "semantic", by_density(routing="weight_error")),
         ("semantic logit", "semantic", by_density(metric="logit")),
         ("semantic logit, values, by output error", "semantic", by_density(**combined)),
+        ("semantic + pooled per block", "semantic", by_density(tail="pooled_block")),
     ]
 
 
@@ -188,7 +192,10 @@ def measure_point(method: str, options: dict[str, Any], captures: list[Captured]
         norms = [x.square().sum((1, 3)).sqrt() for x in (out - item.exact, item.exact)]
         errors += (norms[0] / norms[1]).flatten().tolist()
         densities.append(float(plan.density.mean()))
-        tails.append(plan.num_k_blocks / plan.k_len if plan.tail == "pooled" else 0.0)
+        # Per query row: all pooled keys, or its share of its block's and the one key that is made of them.
+        keys = {"none": 0.0, "pooled": plan.num_k_blocks}
+        keys["pooled_block"] = 1 + plan.num_q_blocks * plan.num_k_blocks / plan.q_len
+        tails.append(keys[plan.tail] / plan.k_len)
     point = {
         "method": method,
         "options": options,

@@ -10,7 +10,7 @@ import torch
 
 from dsattn.block_plan import BlockPlan
 from dsattn.errors import ImplUnavailableError
-from dsattn.kernels import block_sparse
+from dsattn.kernels import block_sparse, block_tail, pooling
 
 from . import plans
 
@@ -120,6 +120,31 @@ def test_values_may_be_narrower_than_keys():
     for tail in ("pooled", "pooled_block"):
         plan = BlockPlan.from_mask(mask, 70, 90, batch=1, heads=2, block_q=16, block_k=16, tail=tail)
         check(plans.Case("", q, k, v, plan, 0.2))
+
+
+@pytest.mark.parametrize("clusters", [False, True])
+def test_block_tail_over_many_tiles(clusters):
+    """More query blocks and key blocks than a tile holds, in the last tile of each only a few."""
+    draw = plans.Draw(20 + clusters)
+    q, k, v = draw.normal(2, 301, 2, 40), draw.normal(2, 333, 2, 40), draw.normal(2, 333, 2, 24)
+    mask = draw.uniform(1, 2, 38, 37) < 0.3
+    mask[..., 7, :] = True  # skips nothing
+    options = {"key_lengths": torch.tensor([101, 333], dtype=torch.int32), "k_order": draw.permutations((2, 1), 333)}
+    if clusters:
+        options |= {
+            "q_starts": plans._starts(draw, (2, 2), 301, 38),
+            "k_starts": plans._starts(draw, (1, 2), 333, 37),
+        }
+    plan = BlockPlan.from_mask(mask, 301, 333, batch=2, heads=2, block_q=8, block_k=9, tail="pooled_block", **options)
+    case = plans.Case("", q, k, v, plan, 0.2).to(DEVICE)
+    value, weight = block_tail.block_tail(
+        case.q, case.k, case.v, case.plan,
+        scale_log2=0.2 * block_sparse.LOG2E, block_m=16, block_n=16, warps=4, stages=1, precision="ieee",
+    )  # fmt: skip
+    want, log_weight = pooling.pool_tail(*(x.double() for x in (case.q, case.k, case.v)), case.plan, 0.2)
+    torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weight.double() / block_sparse.LOG2E, log_weight, rtol=1e-5, atol=1e-5)
+    assert bool((weight[:, :, 7] == -torch.inf).all()) and bool((value[:, :, 7] == 0).all())
 
 
 def test_large_logits_do_not_overflow():

@@ -66,6 +66,19 @@ def test_config_file_and_what_goes_before_it(tmp_path, capsys):
     assert config["dense_steps"] == 0, "a config file stands alone: the command line's own schedule is not mixed in"
 
 
+def test_a_budget_that_changes_over_the_run(capsys):
+    assert run(["generate", *SMALL, *SPARSE[:-1], "density=0:0.5,1:0.2", "--dense-steps", "0", "--json"]) == 0
+    side = json.loads(capsys.readouterr().out)
+    assert side["config"]["density"] == "0:0.5,1:0.2"
+    assert run(["generate", *SMALL, *SPARSE[:-1], "density=0.5", "--dense-steps", "0", "--json"]) == 0
+    constant = json.loads(capsys.readouterr().out)
+    # The last of the two plans is not made anew: with the default schedule a plan lasts four steps.
+    assert side["density"] == constant["density"]
+    options = ["density=0:0.5,1:0.2", "--dense-steps", "0", "--refresh", "1", "--json"]
+    assert run(["generate", *SMALL, *SPARSE[:-1], *options]) == 0
+    assert json.loads(capsys.readouterr().out)["density"]["all_calls"] < constant["density"]["all_calls"] - 0.1
+
+
 def test_default_schedule(capsys):
     assert run(["generate", *SMALL, "--impl", "torch", "--json"]) == 0
     config = json.loads(capsys.readouterr().out)["config"]
@@ -140,6 +153,7 @@ BAD = [
     (["generate", PROMPT, "-O", "density"], ["name=value", "'density'"]),
     (["generate", PROMPT, "-O", "density=[1"], ["'[1'"]),
     (["generate", PROMPT, "-O", "density=2"], ["density", "[0, 1]", "2"]),
+    (["generate", PROMPT, "-O", "density=0:0.3,1:x"], ["density", "'0:0.3,0.5:0.1'", "'0:0.3,1:x'", "'x'"]),
     (["generate", PROMPT, "--impl", "cuda"], ["impl", "triton, flex, torch", "cuda"]),
     (["generate", PROMPT, "--frames", "-4"], ["--frames must be at least 1", "-4"]),
     (["generate", PROMPT, "--dense-steps", "lots"], ["dense_steps", "'lots'"]),

@@ -44,10 +44,8 @@ def oracle(q: torch.Tensor, k: torch.Tensor, grid: VideoGrid, block: int, tau: f
             query = q[a:b, h].mean(0) / math.sqrt(q.shape[-1])
             scores = [float(query @ mean) for mean in means]
             seen = torch.tensor([scores[j] for j in others])
-            if variance == "exact":
-                square = seen.var(correction=0)
-            else:
-                square = (query**2 * table.var(0, correction=0)).sum()
+            diagonal = (query**2 * table.var(0, correction=0)).sum()
+            square = seen.var(correction=0) if variance == "exact" else diagonal
             limit = seen.mean() + tau * math.sqrt(square + 1e-6 * math.log(2) ** 2)
             for j in range(len(spans)):
                 mask[h, i, j] = i == j or exact[i] or exact[j] or scores[j] >= limit

@@ -35,7 +35,7 @@ class SpatialTemporalConfig:
         block: tokens per block, one of 16, 32, 64, 128.
         sink: every query reads the whole first frame.
         rows: sampled query rows that decide a head's class; at least 1.
-        tail: what skipped blocks contribute, ``"none"`` (as published) or ``"pooled"``.
+        tail: what skipped blocks contribute, ``"none"`` (as published), ``"pooled"`` or ``"pooled_block"``.
         seed: draws the rows.
 
     """
