@@ -7,6 +7,8 @@ import torch
 
 import dsattn
 from dsattn.grid import Call, VideoGrid
+from dsattn.methods import sol
+from dsattn.methods.base import Memory
 from dsattn.orders import token_order
 
 from .method_inputs import GRIDS, dense, tensors
@@ -85,6 +87,8 @@ def test_density_counts_blocks_per_row(density):
     qkv = tensors(VIDEO)
     made = plan(VIDEO, qkv, density=density, block=16)
     assert made.counts.unique().tolist() == [round(density * made.num_k_blocks)]
+    ranked = sol.rank(*qkv, Call(0, 0, VIDEO), sol.SolConfig(block=16), Memory())
+    assert torch.equal(ranked.at(density).block_mask, made.block_mask)
 
 
 @pytest.mark.parametrize("grid", GRIDS[1:4])
