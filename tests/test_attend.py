@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsattn.block_plan import BlockPlan
+from dsattn.block_plan import BlockPlan, LinearTail
 from dsattn.errors import ImplUnavailableError, UsageError
 from dsattn.functional import attend
 
@@ -244,6 +244,19 @@ def test_tail_per_block_is_tail_per_row_where_queries_are_alike(impl):
     (out, lse), (out_block, lse_block) = (run(case, impl) for case in cases)
     close(out_block, out, sum(b.out for b in budgets))
     close(lse_block, lse, sum(b.lse for b in budgets))
+
+
+@pytest.mark.parametrize("impl", ["torch", "flex"])
+def test_tail_per_block_beside_a_linear_branch(impl):
+    """A branch that names its blocks belongs to the plan's keys, not to the queries that are averaged."""
+    draw = plans.Draw(13)
+    mask, linear = draw.uniform(1, 3, 3, 7) < 0.5, draw.uniform(1, 3, 3, 7) < 0.5
+    mask[..., 1], linear[..., 2] = True, True
+    branch = LinearTail(draw.normal(40, 40), draw.normal(40), blocks=linear)
+    case = plain_case(torch.float32, mask, tail="pooled_block", linear=branch)
+    (out, lse), (want, want_lse) = run(case, impl), run(case, "reference")
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(lse, want_lse)
 
 
 def test_tail_per_block_has_the_gradients_of_its_formula():
