@@ -49,7 +49,9 @@ def test_top_p_keeps_the_crossing_cluster_and_no_more():
     k[0, :, 0, 0] = shares.log()[owner]
     k[0, :, 0, 1] = 100.0 * owner
     for top_p, expected in ((0.4, 128 / 256), (0.6, 192 / 256), (0.8, 224 / 256)):
-        made = plan(grid, (q, k, k), top_p=top_p, k_clusters=4, first_iterations=8, seed=3)
+        made = plan(
+            grid, (q, k, k), top_p=top_p, k_clusters=4, first_iterations=8, seed=3, metric="euclidean", routing="mass"
+        )
         kept = made.to_dense()[0, 0, 0]
         mass = shares[owner][kept].sum() / 64
         assert mass == pytest.approx(expected)
@@ -108,7 +110,7 @@ def test_batch_of_two_is_two_batches_of_one(options):
 def test_a_later_plan_starts_from_the_last_centroids():
     grid = GRIDS[0]
     qkv = tensors(grid)
-    engine = dsattn.Engine("semantic", first_iterations=2, iterations=3)
+    engine = dsattn.Engine("semantic", first_iterations=2, iterations=3, metric="euclidean")
     engine(*qkv, Call(0, 0, grid))
     first = dict(engine.state.entries["transformer", 0, "cond"].memory)
     engine(*qkv, Call(0, 1, grid))

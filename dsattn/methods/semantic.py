@@ -34,7 +34,7 @@ TILE = 64
 # The first iterations see one token in so many.
 FIRST_SHARE = 4
 # Automatic cluster counts: tokens per cluster, and the most clusters (SVG2's for 75,600 tokens).
-Q_TOKENS, Q_MOST = 40, 300
+Q_TOKENS, Q_MOST = 30, 300
 K_TOKENS, K_MOST = 36, 1000
 
 Routing = Literal["mass", "weight_error", "output_error"]
@@ -56,7 +56,7 @@ class SemanticConfig:
         target_error: keep as little, head by head, as brings the relative L2 error of the output down to this, in
             (0, 1], estimated on ``rows`` sampled queries when a plan is made.
         rows: sampled queries for ``target_error``; at least 1.
-        q_clusters, k_clusters: clusters per head; 0 is one per 40 queries (at most 300) and one per 36 keys (at
+        q_clusters, k_clusters: clusters per head; 0 is one per 30 queries (at most 300) and one per 36 keys (at
             most 1000).
         first_iterations: k-means iterations of the first plan of a run; all but the last on a quarter of the tokens.
         iterations: k-means iterations of later plans, which start from the last centroids.
@@ -66,7 +66,8 @@ class SemanticConfig:
         values: how much values count beside keys when these are clustered, at least 0; at 1 both weigh the same.
         routing: key clusters are read in the order of their estimated softmax ``"mass"`` per key, or of the squared
             error per key that pooling them would cause, in the weights (``"weight_error"``) or in the output
-            (``"output_error"``); the last two need ``tail="pooled"``.
+            (``"output_error"``); the last two need ``tail="pooled"``. None is ``"weight_error"`` with that tail and
+            ``"mass"`` without.
         seed: draws the tokens that are the first centroids, the sampled queries and the noise.
         routing_noise: standard deviation of a Gaussian that is added to the logarithm of what clusters are ordered by,
             new at every plan, so that no cluster is passed over at every step (PASA); 0 is none.
@@ -82,9 +83,9 @@ class SemanticConfig:
     first_iterations: int = 6
     iterations: int = 1
     tail: Tail = "pooled"
-    metric: Metric = "euclidean"
+    metric: Metric = "logit"
     values: float = 0.0
-    routing: Routing = "mass"
+    routing: Routing | None = None
     seed: int = 0
     routing_noise: float = 0.0
 
@@ -101,6 +102,8 @@ class SemanticConfig:
         require_choice("tail", self.tail, TAILS)
         require_choice("metric", self.metric, METRICS)
         require("values", self.values, (int, float), low=0)
+        if self.routing is None:
+            object.__setattr__(self, "routing", "weight_error" if self.tail == "pooled" else "mass")
         require_choice("routing", self.routing, ROUTINGS)
         if self.routing != "mass" and self.tail != "pooled":
             raise UsageError(
@@ -139,7 +142,7 @@ def rank(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, me
     k_side = _cluster(tokens, space, config.k_clusters, (K_TOKENS, K_MOST), config, memory, "k_centroids")
     q_order, q_starts, exact = _lay_out(q_side, grid)
     k_order, k_starts, _ = _lay_out(k_side, grid)
-    score, mass = _scores(q_side, k_side, k_video, v_video, config.routing)
+    score, mass = _scores(q_side, k_side, k_video, v_video, config.routing or "mass")
     if config.routing_noise:
         shape = (heads, score.shape[2], score.shape[3])
         score = score.log() + routing_noise(config.routing_noise, shape, call, config.seed, q.device)
