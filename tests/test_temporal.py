@@ -283,6 +283,20 @@ def test_heads_whose_order_stays_keep_their_verdicts():
     assert bool((memory[BITS][0, 0] == 0).all()) and bool((memory[BITS][0, 1] == -1).all())
 
 
+@pytest.mark.parametrize(("first", "then"), [("topk", "semantic"), ("semantic", "topk"), ("radial", "topk")])
+def test_blocks_of_another_kind_start_with_everything(first, then):
+    """A base may go from fixed blocks to clusters and back, as auto may, or get an order."""
+    run = engine(base=first, threshold=-1)
+    run(*local(), Call(0, 0, GRID))
+    memory = run.state.entries["transformer", 0, "cond"].memory
+    assert not bool((memory[BITS] == -1).all())
+    call, config = Call(0, 1, GRID), TemporalConfig(base=then, threshold=-1)
+    plan = run.method.plan(*local(), call, config, memory)
+    base = dsattn.plan(*local(), call, method=then)
+    shrunk, _ = run.method.before(plan, call, config, memory)
+    assert bool((memory[BITS] == -1).all()) and torch.equal(shrunk.validate().counts, base.counts.expand(1, 2, -1))
+
+
 def test_dropped_tiles_can_enter_pooled():
     qkv = local()
     errors = {}

@@ -202,13 +202,15 @@ def _keep_all(q: Tensor, grid: VideoGrid, config: TemporalConfig) -> BlockPlan:
 
 def _forget_moved_blocks(plan: BlockPlan, memory: Memory) -> None:
     """Set all bits of heads whose blocks now hold other tokens than when they were judged."""
+    if BITS in memory and memory[BITS].shape[2:] != (plan.num_q_blocks, count_words(plan.num_k_blocks)):
+        del memory[BITS]
     for name in ("q_order", "k_order", "q_starts", "k_starts"):
-        new, old = getattr(plan, name), memory.get(f"temporal.{name}")
+        new, old = getattr(plan, name), memory.pop(f"temporal.{name}", None)
         if new is not None:
             memory[f"temporal.{name}"] = new
-        if new is None or old is None or BITS not in memory:
+        if BITS not in memory or (new is None and old is None):
             continue
-        if new.shape[-1] != old.shape[-1]:
+        if new is None or old is None or new.shape[-1] != old.shape[-1]:
             del memory[BITS]
         else:
             memory[BITS] = memory[BITS] | -(new != old).any(-1).int()[..., None, None]
