@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dsattn.verdict import pick_bits
+
 Tail = Literal["none", "pooled", "pooled_block"]
 TAILS: tuple[Tail, ...] = ("none", "pooled", "pooled_block")
 FeatureMap = Literal["softmax", "elu", "relu", "hedgehog"]
@@ -186,6 +188,27 @@ class BlockPlan:
             return "blocks of variable size"
         return None if self.tail == "none" else f"tail={self.tail!r}"
 
+    def restrict(self, bits: Tensor) -> BlockPlan:
+        """The plan without the blocks whose bit is clear, visited in the same order; reads nothing back to the host.
+
+        A row that would lose every readable block keeps the first readable one of its list.
+
+        Args:
+            bits: ``[1 or batch, 1 or heads, Nq, ceil(Nk / 32)]`` int32, one bit per block, see ``dsattn.verdict``.
+
+        """
+        listed = torch.arange(self.indices.shape[-1], device=self.device) < self.counts[..., None]
+        readable = listed & _pick_columns(self.k_sizes > 0, self.indices)
+        kept = pick_bits(bits, self.indices) & listed
+        first = readable & (readable.cumsum(-1, dtype=torch.int32) == 1)
+        kept = kept | (first & ~(kept & readable).any(-1, keepdim=True))
+        # Kept entries move up to their rank; the others go to one extra slot that is cut off again.
+        width = self.indices.shape[-1]
+        target = kept.cumsum(-1).sub_(1).masked_fill_(~kept, width)
+        lists = torch.zeros(*kept.shape[:-1], width + 1, dtype=torch.int32, device=self.device)
+        lists = lists.scatter_(-1, target, self.indices.expand_as(kept))[..., :-1]
+        return replace(self, counts=kept.sum(-1, dtype=torch.int32), indices=lists)
+
     # -- shape ----------------------------------------------------------------------------------------
 
     @property
@@ -335,6 +358,13 @@ def _edges(length: int, block: int, starts: Tensor | None, device: torch.device)
     if starts is not None:
         return starts.long()
     return torch.arange(0, length + block, block, device=device).clamp_(max=length)[None, None]
+
+
+def _pick_columns(columns: Tensor, indices: Tensor) -> Tensor:
+    """``[B, H, Nq, K]``: the entries of ``columns [b, h, Nk]`` that index lists ``[b, h, Nq, K]`` name."""
+    lead = torch.broadcast_shapes(columns.shape[:2], indices.shape[:2])  # type: ignore[no-untyped-call]
+    rows = columns.expand(*lead, -1)[:, :, None].expand(-1, -1, indices.shape[2], -1)
+    return rows.gather(-1, indices.long().expand(*lead, -1, -1))
 
 
 def _block_of_token(edges: Tensor, order: Tensor | None, length: int) -> Tensor:

@@ -19,6 +19,7 @@ from dsattn.methods.estimate import output_error, sample_rows
 from dsattn.schedule import decide
 from dsattn.state import Layout, RunState
 from dsattn.stats import Kind, RunStats, timed
+from dsattn.verdict import VerdictRule
 
 DenseAttention = Callable[[], Tensor]
 
@@ -96,18 +97,25 @@ class Engine:
             return self.fallback(call, f"{tokens} do not fit the grid's {call.grid.tokens} tokens", run_dense, q)
 
         # Before any work: an implementation that was named and cannot run is an error.
-        choose_impl(q, self.config.impl)
+        judged = self.method.before is not None
+        choose_impl(q, self.config.impl, verdict=judged)
         record = self.stats.add(call, q, decision.action, decision.reason, self.config.impl)
-        if entry.plan is None or decision.action == "refresh":
-            with timed(record, "plan_s", q.device, self.config.timing):
+        rule: VerdictRule | None = None
+        with timed(record, "plan_s", q.device, self.config.timing):
+            if entry.plan is None or decision.action == "refresh":
                 entry.plan = self.method.plan(q, k, v, call, self.method_config, entry.memory)
-            entry.step = call.step
-        plan = entry.plan
-        if key_lengths is not None:
-            plan = plan.with_key_lengths(key_lengths.to(device=q.device, dtype=torch.int32))
-        record.impl, _ = choose_impl(q, self.config.impl, plan)
+                entry.step = call.step
+            plan = entry.plan
+            if key_lengths is not None:
+                plan = plan.with_key_lengths(key_lengths.to(device=q.device, dtype=torch.int32))
+            if self.method.before is not None:
+                plan, rule = self.method.before(plan, call, self.method_config, entry.memory)
+        record.impl, _ = choose_impl(q, self.config.impl, plan, judged)
         with timed(record, "attend_s", q.device, self.config.timing):
-            out: Tensor = attend(q, k, v, plan, impl=record.impl, scale=scale)
+            result = attend(q, k, v, plan, impl=record.impl, scale=scale, verdict=rule)
+            out: Tensor = result if rule is None else result[0]
+            if self.method.after is not None:
+                self.method.after(result[1], call, self.method_config, entry.memory)
         record.density = plan.density.mean(0)
         age = call.step - entry.step
         if self.config.monitor and (self.config.drift or age == self.config.refresh - 1):

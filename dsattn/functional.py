@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
-from dsattn.config import DEFAULT_METHOD, IMPLS, build, require_choice
+from dsattn.config import DEFAULT_METHOD, IMPLS, build, require, require_choice
 from dsattn.errors import ImplUnavailableError, UsageError
 from dsattn.grid import Call
 from dsattn.methods import METHODS, Method
 from dsattn.methods.base import Memory
+from dsattn.verdict import VerdictRule, count_words
 
 # Best first; what cannot run is passed over, and choose_impl says why. "clusters" are blocks of variable size, where
 # they have a row of their own: flex pads them to tiles.
@@ -24,8 +25,8 @@ AUTO: dict[str, tuple[str, ...]] = {
     "cpu clusters": ("torch",),
 }
 
-# Implementations take (q, k, v, plan, scale, need_lse).
-Implementation = Callable[[Tensor, Tensor, Tensor, BlockPlan, float, bool], tuple[Tensor, Tensor | None]]
+# Implementations take (q, k, v, plan, scale, need_lse), and with a verdict, as keywords, rule and needed.
+Implementation = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def find_method(name: str) -> Method:
@@ -69,6 +70,7 @@ def attend(
     impl: str = "auto",
     return_lse: bool = False,
     scale: float | None = None,
+    verdict: VerdictRule | None = None,
 ) -> Any:
     """Attention over the kept blocks of a plan, its tail, and its linear branch.
 
@@ -82,12 +84,15 @@ def attend(
             plain loop, the specification) or ``"auto"`` (the first of ``dsattn.functional.AUTO`` that can run).
         return_lse: also return the natural log of the softmax denominator (a linear branch is not in it).
         scale: factor on q·k; None is ``1 / sqrt(D)``.
+        verdict: judge every tile that is computed by this rule; not with ``"flex"``.
 
     Returns:
-        ``out [B, S, H, D]`` in q's dtype; with ``return_lse`` the pair ``(out, lse [B, H, S])``, lse in fp32.
+        ``out [B, S, H, D]`` in q's dtype, alone or at the head of a tuple: with ``return_lse`` comes
+        ``lse [B, H, S]`` in fp32, with ``verdict`` comes ``needed [B, H, Nq, ceil(Nk / 32)]`` int32, one bit per tile
+        (see ``dsattn.verdict``), set for the tiles that were computed and needed.
 
     Raises:
-        UsageError: tensors that fit neither each other nor the plan.
+        UsageError: tensors that fit neither each other nor the plan, or a verdict that does not fit them.
         ImplUnavailableError: an implementation that was named cannot run here.
 
     """
@@ -104,17 +109,29 @@ def attend(
             f"the plan's linear.weight must be [{v.shape[-1]}, {v.shape[-1]}] on {q.device} like q, k, v, got "
             f"{list(weight.shape)} on {weight.device}"
         )
-    name, _ = choose_impl(q, impl, plan)
-    out, lse = _IMPLEMENTATIONS[name](q, k, v, plan, _scale(q, scale), return_lse)
+    name, _ = choose_impl(q, impl, plan, verdict is not None)
+    judge: dict[str, Any] = {}
+    if verdict is not None:
+        _check_verdict(verdict, q)
+        words = (plan.batch, plan.heads, plan.num_q_blocks, count_words(plan.num_k_blocks))
+        judge = {"rule": verdict, "needed": torch.zeros(words, dtype=torch.int32, device=q.device)}
+    out, lse = _IMPLEMENTATIONS[name](q, k, v, plan, _scale(q, scale), return_lse, **judge)
     if plan.linear is not None:
         from dsattn.kernels import sparse_linear
 
         out = sparse_linear.add_linear(out, q, k, v, plan, plan.linear, impl=name)
-    return (out, lse) if return_lse else out
+    result = (out, *((lse,) if return_lse else ()), *((judge["needed"],) if judge else ()))
+    return result if len(result) > 1 else out
 
 
-def choose_impl(q: Tensor, impl: str = "auto", plan: BlockPlan | None = None) -> tuple[str, str]:
+def choose_impl(q: Tensor, impl: str = "auto", plan: BlockPlan | None = None, verdict: bool = False) -> tuple[str, str]:
     """Implementation that will run and why, ``(name, reason)``; without a plan, for blocks of equal size.
+
+    Args:
+        q: as passed to ``attend``.
+        impl: as passed to ``attend``.
+        plan: as passed to ``attend``.
+        verdict: tiles are to be judged.
 
     Raises:
         UsageError: unknown name.
@@ -123,7 +140,7 @@ def choose_impl(q: Tensor, impl: str = "auto", plan: BlockPlan | None = None) ->
     """
     require_choice("impl", impl, IMPLS)
     if impl != "auto":
-        if reason := why_not(q, impl, plan):
+        if reason := why_not(q, impl, plan, verdict):
             raise ImplUnavailableError(f"impl={impl!r} cannot run: {reason}")
         return impl, "asked for"
     passed_over: list[str] = []
@@ -132,20 +149,27 @@ def choose_impl(q: Tensor, impl: str = "auto", plan: BlockPlan | None = None) ->
     if clusters and f"{kind} clusters" in AUTO:
         kind = f"{kind} clusters"
     for name in AUTO.get(kind, ("torch",)):
-        reason = why_not(q, name, plan)
+        reason = why_not(q, name, plan, verdict)
         if reason is None:
             return name, "; ".join(passed_over) or f"best for {kind}"
         passed_over.append(f"{name}: {reason}")
     raise ImplUnavailableError(f"no implementation runs on {q.device}: {'; '.join(passed_over)}")
 
 
-def why_not(q: Tensor, impl: str, plan: BlockPlan | None = None) -> str | None:
-    """Reason why an implementation cannot run on a tensor like q, or None; without a plan, for the plainest one."""
+def why_not(q: Tensor, impl: str, plan: BlockPlan | None = None, verdict: bool = False) -> str | None:
+    """Reason why an implementation cannot run on a tensor like q (and judge tiles), or None.
+
+    Without a plan, for the plainest one.
+    """
     if impl in ("torch", "reference"):
         return None
+    if impl == "flex" and verdict:
+        return "flex gives no verdicts on tiles; use impl='triton', 'torch' or 'reference'"
     if q.requires_grad and torch.is_grad_enabled():
         if impl != "triton":
             return f"{impl} has no backward pass; use impl='torch' or torch.no_grad()"
+        if verdict:
+            return "triton has no backward pass that gives verdicts on tiles; use impl='torch' or torch.no_grad()"
         if plan is not None and (reason := plan.why_not_plain):
             return f"triton has no backward pass for {reason}; use impl='torch' or torch.no_grad()"
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -187,14 +211,24 @@ def _scale(q: Tensor, scale: float | None) -> float:
     return 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
 
 
+def _check_verdict(rule: VerdictRule, q: Tensor) -> None:
+    shape, lead = tuple(rule.threshold.shape), (q.shape[0], q.shape[2])
+    if len(shape) != 2 or any(n not in (1, want) for n, want in zip(shape, lead, strict=True)):
+        raise UsageError(f"verdict.threshold must be [1 or {lead[0]}, 1 or {lead[1]}], got {shape}")
+    if rule.threshold.device != q.device:
+        raise UsageError(f"verdict.threshold must be on {q.device} like q, got {rule.threshold.device}")
+    if rule.pv_skip is not None:
+        require("verdict.pv_skip", rule.pv_skip, (int, float), low=0)
+
+
 def _triton(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, need_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, need_lse: bool, **verdict: Any
 ) -> tuple[Tensor, Tensor | None]:
     from dsattn.kernels import autograd, block_sparse
 
-    if autograd.needed(q, k, v):
+    if autograd.needed(q, k, v) and not verdict:
         return autograd.block_sparse_attention(q, k, v, plan, scale=scale, impl="triton")
-    return block_sparse.block_sparse_attention(q, k, v, plan, scale=scale)
+    return block_sparse.block_sparse_attention(q, k, v, plan, scale=scale, **verdict)
 
 
 def _flex(
@@ -206,21 +240,21 @@ def _flex(
 
 
 def _torch(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, need_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, need_lse: bool, **verdict: Any
 ) -> tuple[Tensor, Tensor | None]:
     from dsattn.kernels import autograd, gather
 
-    if autograd.needed(q, k, v) and plan.tail == "none":
+    if autograd.needed(q, k, v) and plan.tail == "none" and not verdict:
         return autograd.block_sparse_attention(q, k, v, plan, scale=scale, impl="torch")
-    return gather.block_sparse_attention(q, k, v, plan, scale=scale, need_lse=need_lse)
+    return gather.block_sparse_attention(q, k, v, plan, scale=scale, need_lse=need_lse, **verdict)
 
 
 def _reference(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, need_lse: bool
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, need_lse: bool, **verdict: Any
 ) -> tuple[Tensor, Tensor | None]:
     from dsattn.kernels import reference
 
-    return reference.block_sparse_attention(q, k, v, plan, scale=scale)
+    return reference.block_sparse_attention(q, k, v, plan, scale=scale, **verdict)
 
 
 _IMPLEMENTATIONS: dict[str, Implementation] = {

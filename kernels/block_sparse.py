@@ -21,6 +21,7 @@ from dsattn.block_plan import BlockPlan
 from dsattn.errors import ImplUnavailableError
 from dsattn.kernels.block_tail import block_tail
 from dsattn.kernels.pooling import pool_blocks
+from dsattn.verdict import VerdictRule
 
 LOG2E = math.log2(math.e)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -57,6 +58,7 @@ def _forward(  # type: ignore[no-untyped-def]
     Counts, Indices, TailValue, TailWeight,
     QOrder, KOrder, TileBlock, TileStart, QStarts, KStarts, KeyLengths,
     PooledK, PooledV, LogCount, Kept,
+    Threshold, Needed,
     stride_qb, stride_qs, stride_qh, stride_qd,
     stride_kb, stride_ks, stride_kh, stride_kd,
     stride_vb, stride_vs, stride_vh, stride_vd,
@@ -65,12 +67,13 @@ def _forward(  # type: ignore[no-untyped-def]
     stride_qob, stride_qoh, stride_kob, stride_koh,
     stride_tb, stride_th, stride_qsb, stride_qsh, stride_ksb, stride_ksh,
     stride_mb, stride_mh, stride_mq,
-    q_len, k_len, q_blocks, k_blocks, heads, block_q, block_k, scale,
+    q_len, k_len, q_blocks, k_blocks, heads, block_q, block_k, scale, pv_skip,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_Q: tl.constexpr, TILES_K: tl.constexpr,
     HAS_Q_ORDER: tl.constexpr, HAS_K_ORDER: tl.constexpr,
     HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr, HAS_BLOCK_TAIL: tl.constexpr,
     HAS_KEY_LENGTHS: tl.constexpr, HAS_TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_VERDICT: tl.constexpr, PV_SKIP: tl.constexpr,
 ):  # fmt: skip
     """Grid ``(query tiles, heads, batch)``. ``scale`` includes log2(e); 64-bit wherever a length meets a stride."""
     h = tl.program_id(1).to(tl.int64)
@@ -126,6 +129,12 @@ def _forward(  # type: ignore[no-untyped-def]
     tiles = count * TILES_K
     if HAS_K_STARTS:
         tiles = _count_tiles(Indices, KStarts, count, readable, BLOCK_N)
+    if HAS_VERDICT:
+        threshold = tl.load(Threshold + b * heads + h)
+        Needed += ((b * heads + h) * q_blocks + block) * ((k_blocks + 31) // 32)
+        # Peak of the blocks before this one, and the largest gain of this one's tiles so far.
+        before = peak
+        best = float("-inf")
     item = 0
     offset = 0
     for t in range(tiles):
@@ -158,8 +167,23 @@ def _forward(  # type: ignore[no-untyped-def]
         k = tl.load(k_pointers, mask=k_mask, other=0.0)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         logits = tl.where(in_range[None, :], logits, float("-inf"))
-        v = tl.load(v_pointers, mask=v_mask, other=0.0)
-        peak, total, acc = _absorb(logits, scale, v, peak, total, acc, PRECISION)
+        if HAS_VERDICT:
+            gain = tl.max(tl.where(in_block, tl.max(logits, 1) * scale - before, float("-inf")), 0)
+            best = tl.maximum(best, gain)
+        if PV_SKIP:
+            if gain > -pv_skip:
+                v = tl.load(v_pointers, mask=v_mask, other=0.0)
+                peak, total, acc = _absorb(logits, scale, v, peak, total, acc, PRECISION)
+        else:
+            v = tl.load(v_pointers, mask=v_mask, other=0.0)
+            peak, total, acc = _absorb(logits, scale, v, peak, total, acc, PRECISION)
+        if HAS_VERDICT:
+            last = finished if HAS_K_STARTS else t % TILES_K == TILES_K - 1
+            # Against the initial peak, only the first readable block gains this much: it is needed whatever it holds.
+            needed = last & ((best > threshold) | (best > 1e29))
+            tl.atomic_or(Needed + j // 32, 1 << (j % 32), mask=needed, sem="relaxed")
+            before = tl.where(last, peak, before)
+            best = tl.where(last, float("-inf"), best)
 
     # Tail: every block that is not kept enters as one pooled key with the logarithm of its size.
     if HAS_TAIL:
@@ -281,13 +305,23 @@ def _matrix_unit(arch: int | str) -> str:
     return "wgmma" if 90 <= arch < 120 else "mma"
 
 
-def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, scale: float) -> tuple[Tensor, Tensor]:
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float,
+    rule: VerdictRule | None = None,
+    needed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Attention over the kept blocks of a plan, plus its tail; same contract as `reference`.
 
     Args:
         q, k, v: ``[B, S, H, D]`` on a CUDA or ROCm device, any strides, float16, bfloat16 or float32.
         plan: pattern; its tensors on the same device.
         scale: factor on q·k before the softmax.
+        rule, needed: as in `reference`; ``pv_skip`` decides per tile of the kernel.
 
     Returns:
         ``out [B, Sq, H, Dv]`` in q's dtype and ``lse [B, H, Sq]`` fp32, natural log, tail included.
@@ -345,6 +379,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, 
             counts, indices, tail_value, tail_weight,
             q_order, k_order, tile_block, tile_start, q_starts, k_starts, plan.key_lengths,
             pooled_k, pooled_v, log_count, kept,
+            None if rule is None else rule.threshold.float().expand(*lead).contiguous(), needed,
             *(q.stride(i) for i in range(4)), *(k.stride(i) for i in range(4)), *(v.stride(i) for i in range(4)),
             *out.stride()[:3],
             *leading_strides(counts), *indices.stride()[:3],
@@ -352,7 +387,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, 
             *leading_strides(tile_block), *leading_strides(q_starts), *leading_strides(k_starts),
             *((0, 0, 0) if kept is None else kept.stride()[:3]),
             q_len, k.shape[1], plan.num_q_blocks, plan.num_k_blocks, heads, plan.block_q, plan.block_k,
-            scale * LOG2E,
+            scale * LOG2E, 0.0 if rule is None or rule.pv_skip is None else float(rule.pv_skip),
             D=dim, DV=dim_v,
             BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(dim_v)),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
@@ -362,6 +397,7 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, 
             HAS_BLOCK_TAIL=tail_weight is not None,
             HAS_KEY_LENGTHS=plan.key_lengths is not None, HAS_TAIL=kept is not None,
             PRECISION=precision(q.dtype, _backend()),
+            HAS_VERDICT=rule is not None, PV_SKIP=rule is not None and rule.pv_skip is not None,
             num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out.to(dtype), lse

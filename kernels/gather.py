@@ -7,8 +7,10 @@ so on a GPU it synchronises: it is the fallback and the debugging aid there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
 from dsattn.kernels.pooling import pool_blocks, pool_tail
+from dsattn.verdict import VerdictRule, pack_bits
 
 # Elements of one chunk's gathered keys (or its logits): on a CPU keys and values should stay in the cache between
 # the gather and the product, elsewhere the number only bounds memory.
@@ -27,7 +30,15 @@ MIN_FILL = 0.8
 
 
 def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, scale: float, need_lse: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float,
+    need_lse: bool = True,
+    rule: VerdictRule | None = None,
+    needed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Same contract as ``kernels.reference.block_sparse_attention``; ``lse`` is None unless ``need_lse``.
 
@@ -48,6 +59,7 @@ def block_sparse_attention(
     out = torch.empty(len(q_rows) + 1, v.shape[-1], dtype=q.dtype, device=q.device)
     lse = torch.empty(len(q_rows) + 1, dtype=work, device=q.device) if need_lse else None
     limit = CHUNK_ELEMENTS.get(q.device.type, CHUNK_ELEMENTS["other"])
+    judge = None if rule is None or needed is None else _Judge(rows, rule, needed)
 
     for chunk in rows.chunks(dim, limit):
         keys = chunk.keys
@@ -61,7 +73,8 @@ def block_sparse_attention(
             for x, index in ((kv_rows, keys), (q_rows, chunk.queries))
         )
         k_chunk, v_chunk = kv_chunk.split([dim, v.shape[-1]], -1)
-        result, result_lse = _softmax_attention(q_chunk, k_chunk, v_chunk, bias[:, None], scale, need_lse)
+        check = None if judge is None else partial(judge, chunk)
+        result, result_lse = _softmax_attention(q_chunk, k_chunk, v_chunk, bias[:, None], scale, need_lse, check)
         target = chunk.queries.masked_fill(~chunk.query_exists, len(q_rows)).flatten()
         out = out.index_copy_(0, target, result.flatten(0, 1).to(q.dtype))
         if lse is not None and result_lse is not None:
@@ -83,10 +96,16 @@ def _tail_keys(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, kept: Tensor, s
 
 
 def _softmax_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, need_lse: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    scale: float,
+    need_lse: bool,
+    judge: Callable[[Tensor], Tensor | None] | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Q ``[R, M, D]``, k and v ``[R, T, D]``, bias ``[R, 1, T]``."""
-    if not need_lse and q.device.type != "cpu":
+    """Q ``[R, M, D]``, k and v ``[R, T, D]``, bias ``[R, 1, T]``; ``judge`` sees logits and masks some of them."""
+    if judge is None and not need_lse and q.device.type != "cpu":
         # A fourth dimension and a full-size mask keep SDPA on its fused kernel.
         mask = bias[:, None].expand(-1, 1, q.shape[1], -1)
         out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=mask, scale=scale)
@@ -94,6 +113,8 @@ def _softmax_attention(
     # On a CPU the logits of a chunk stay in the cache, and two plain products beat SDPA, which cuts queries into
     # slices of 32.
     logits = torch.baddbmm(bias.expand(-1, q.shape[1], -1), q, k.mT, alpha=scale)
+    if judge is not None and (left_out := judge(logits.detach())) is not None:
+        logits = logits.masked_fill(left_out, -torch.inf)
     return torch.softmax(logits, -1) @ v, logits.logsumexp(-1) if need_lse else None
 
 
@@ -165,6 +186,45 @@ class _Rows:
         queries = self.queries[position.masked_fill(~exists, 0)]
         keys, key_exists = lists.padded(first, len(rows))
         return _Chunk(rows, head, queries, exists, keys, key_exists)
+
+
+class _Judge:
+    """Verdicts on the tiles of a chunk, in the order in which the plan lists them."""
+
+    def __init__(self, rows: _Rows, rule: VerdictRule, needed: Tensor) -> None:
+        plan, self.rule, self.needed, self.k_sizes = rows.plan, rule, needed.view(-1, needed.shape[-1]), rows.k_sizes
+        lead = (plan.batch, plan.heads)
+        self.counts = plan.counts.expand(*lead, -1).flatten()
+        self.indices = plan.indices.expand(*lead, -1, -1).flatten(0, 2)
+        self.threshold = rule.threshold.expand(lead).flatten()[:, None]
+
+    def __call__(self, chunk: _Chunk, logits: Tensor) -> Tensor | None:
+        """Store the verdicts of a chunk's ``logits [R, M, T]``; returns the keys to leave out, ``[R, 1, T]`` bool."""
+        slots = torch.arange(self.indices.shape[-1], device=logits.device)
+        listed = slots < self.counts[chunk.rows, None]
+        # Keys stand by ascending block (with unlisted slots as empty blocks at the end): their runs, then the rest.
+        blocks = self.indices[chunk.rows].long().masked_fill(~listed, len(self.k_sizes[0]))
+        blocks, listed_at = blocks.sort(-1)
+        sizes = F.pad(self.k_sizes.clamp(min=0), (0, 1))[chunk.head].gather(-1, blocks)
+        runs = torch.cat([sizes, logits.shape[-1] - sizes.sum(-1, keepdim=True)], -1)
+        peaks = torch.segment_reduce(logits.mT.contiguous(), "max", lengths=runs, axis=1, unsafe=True)[:, :-1]
+        # From ascending blocks to the order of the visit; the running peak before each tile.
+        peaks = torch.empty_like(peaks).scatter_(1, listed_at[..., None].expand_as(peaks), peaks)
+        first = torch.full_like(peaks[:, :1], -torch.inf)
+        before = torch.cat([first, peaks.cummax(1).values[:, :-1]], 1)
+        gain = (peaks - before).masked_fill(peaks == -torch.inf, -torch.inf)
+        gain = gain.masked_fill(~chunk.query_exists[:, None], -torch.inf).amax(-1) * math.log2(math.e)
+        # A gain of infinity is a first tile.
+        verdict = (gain > self.threshold[chunk.head]) | (gain == torch.inf)
+        by_block = verdict.gather(-1, listed_at)
+        bits = torch.zeros(len(blocks), len(self.k_sizes[0]) + 1, dtype=torch.bool, device=logits.device)
+        self.needed[chunk.rows] = pack_bits(bits.scatter_(1, blocks, by_block)[:, :-1])
+        if self.rule.pv_skip is None:
+            return None
+        skipped = F.pad((gain <= -self.rule.pv_skip).gather(-1, listed_at), (0, 1))
+        keys = torch.arange(logits.shape[-1], device=logits.device).expand(len(runs), -1).contiguous()
+        run = torch.searchsorted(runs.cumsum(-1), keys, right=True)
+        return skipped.gather(-1, run)[:, None]
 
 
 class _KeyLists:

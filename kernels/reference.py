@@ -12,9 +12,19 @@ from torch import Tensor
 
 from dsattn.block_plan import BlockPlan, LinearTail
 from dsattn.kernels.feature_maps import EPSILON, feature_map
+from dsattn.verdict import VerdictRule, pack_bits
 
 
-def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, scale: float) -> tuple[Tensor, Tensor]:
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    *,
+    scale: float,
+    rule: VerdictRule | None = None,
+    needed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Attention over the kept blocks of a plan, plus its tail.
 
     The tail of query block i reads the blocks j that i does not keep, with n_j readable keys of mean k̄_j and mean
@@ -28,6 +38,8 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, 
         q, k, v: ``[B, S, H, D]``; q and k share D, k and v share S.
         plan: pattern; ``plan.block_mask`` says which blocks are kept.
         scale: factor on q·k before the softmax.
+        rule: judge every kept tile by it.
+        needed: with a rule, ``[B, H, Nq, ceil(Nk / 32)]`` int32 zeros; the bits of needed tiles are set.
 
     Returns:
         ``out [B, Sq, H, Dv]`` in q's dtype and ``lse [B, H, Sq]`` fp32 (fp64 for fp64 inputs), the natural
@@ -51,11 +63,17 @@ def block_sparse_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, 
                     continue
                 rows = q_tokens[start:stop]
                 mean_query = qh[rows].mean(0)
+                skipped: set[int] = set()
+                if rule is not None and needed is not None:
+                    tiles = [(j, k_tokens[k_edges[j] : k_edges[j] + k_sizes[j]]) for j in _list(plan, b, h, i)]
+                    peaks = [(j, (qh[rows] @ kh[columns].T * scale).amax(-1)) for j, columns in tiles if len(columns)]
+                    bits, skipped = _judge(peaks, float(_pick(rule.threshold, b, h)), rule.pv_skip, plan.num_k_blocks)
+                    needed[b, h, i] = pack_bits(bits).to(needed.device)
                 keys, values, log_weights = [], [], []
                 for j in range(plan.num_k_blocks):
                     n = k_sizes[j]
                     columns = k_tokens[k_edges[j] : k_edges[j] + n]
-                    if n == 0:
+                    if n == 0 or j in skipped:
                         continue
                     if kept[i][j]:
                         keys.append(kh[columns])
@@ -106,6 +124,33 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, tail: Lin
                 linear = phi_q @ state / (EPSILON + phi_q @ norm)[:, None]
                 out[b, start : start + block_q, h] = linear @ tail.weight.to(work).T + tail.bias.to(work)
     return out
+
+
+def _judge(
+    peaks: list[tuple[int, Tensor]], threshold: float, pv_skip: float | None, blocks: int
+) -> tuple[Tensor, set[int]]:
+    """Which tiles of one query block are needed, ``[Nk]`` bool, and which are left out of this call.
+
+    ``peaks`` holds a tile's key block and the largest logit of every query ``[rows]``, in the order of the visit.
+    """
+    bits, skipped = torch.zeros(blocks, dtype=torch.bool), set()
+    before: Tensor | None = None
+    for j, peak in peaks:
+        if before is None:
+            bits[j], before = True, peak
+            continue
+        gain = float((peak - before).amax()) * math.log2(math.e)
+        bits[j] = gain > threshold
+        if pv_skip is not None and gain <= -pv_skip:
+            skipped.add(j)
+        before = torch.maximum(before, peak)
+    return bits, skipped
+
+
+def _list(plan: BlockPlan, b: int, h: int, i: int) -> list[int]:
+    """Key blocks of a row in the order of the visit."""
+    blocks: list[int] = _pick(plan.indices, b, h)[i, : int(_pick(plan.counts, b, h)[i])].tolist()
+    return blocks
 
 
 def _pick(x: Tensor, b: int, h: int) -> Tensor:

@@ -52,6 +52,10 @@ FEATURES = {
     "clusters": ("order", "starts"),
     "tail": ("tail",),
     "block tail": ("block_tail",),
+    "verdict": ("verdict",),
+    "verdict clusters": ("verdict", "order", "starts"),
+    "verdict skip": ("verdict", "order", "pv_skip"),
+    "verdict all": ("verdict", "order", "starts", "tail", "key_lengths"),
     "all": ("order", "starts", "tail", "key_lengths"),
 }
 # The kernels of the backward pass, which stand where features do; with the tiles each takes of the pair.
@@ -159,7 +163,8 @@ def source(variant: Variant | Helper, target: GPUTarget) -> ASTSource:
         return linear_source(variant, target)
     dtype, dim = DTYPES[variant.dtype], variant.head_dim
     tiles = tiles_of(variant, target)
-    has = {feature: feature in FEATURES[variant.features] for feature in (*FEATURES["all"], "block_tail")}
+    known = {feature for features in FEATURES.values() for feature in features}
+    has = {feature: feature in FEATURES[variant.features] for feature in known}
     element = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}[variant.dtype]
     padded = max(16, triton.next_power_of_2(dim))
     pointers: dict[str, str | None] = {
@@ -173,6 +178,8 @@ def source(variant: Variant | Helper, target: GPUTarget) -> ASTSource:
         "LogCount": "*fp32" if has["tail"] else None,
         "Kept": "*u8" if has["tail"] else None,
         **dict.fromkeys(("TailValue", "TailWeight"), "*fp32" if has["block_tail"] else None),
+        "Threshold": "*fp32" if has["verdict"] else None,
+        "Needed": "*i32" if has["verdict"] else None,
     }
     constants: dict[str, Any] = {
         "D": dim, "DV": dim, "BLOCK_D": padded, "BLOCK_DV": padded,
@@ -181,6 +188,7 @@ def source(variant: Variant | Helper, target: GPUTarget) -> ASTSource:
         "HAS_Q_ORDER": has["order"], "HAS_K_ORDER": has["order"],
         "HAS_Q_STARTS": has["starts"], "HAS_K_STARTS": has["starts"],
         "HAS_KEY_LENGTHS": has["key_lengths"], "HAS_TAIL": has["tail"], "HAS_BLOCK_TAIL": has["block_tail"],
+        "HAS_VERDICT": has["verdict"], "PV_SKIP": has["pv_skip"],
         "PRECISION": block_sparse.precision(dtype, target.backend),
         "stride_qd": 1, "stride_kd": 1, "stride_vd": 1,
     }  # fmt: skip
@@ -274,7 +282,7 @@ def _specialised(kernel: Any, pointers: dict[str, str | None], constants: dict[s
     """Arguments without a kind are integers; pointers of kind None and constants are compiled in."""
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
-        kind = "fp32" if name in ("scale", "scale_log2", "epsilon") else pointers.get(name) or "i32"
+        kind = "fp32" if name in ("scale", "pv_skip", "scale_log2", "epsilon") else pointers.get(name) or "i32"
         signature[name] = "constexpr" if name in constants else kind
         aligned = kind.startswith("*") or re.fullmatch(r"stride_[qkvogwx][bsh]", name)
         if name not in constants and aligned:

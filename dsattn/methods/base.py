@@ -12,6 +12,7 @@ from torch import Tensor
 from dsattn.block_plan import BlockPlan
 from dsattn.grid import Call, VideoGrid
 from dsattn.methods.ranked import Ranked
+from dsattn.verdict import VerdictRule
 
 
 class Memory(dict[str, Tensor]):
@@ -32,6 +33,13 @@ RankFunction = Callable[[Tensor, Tensor, Tensor, Call, Any, Memory], Ranked]
 # The same, called in the last dense step before the first plan.
 ObserveFunction = Callable[[Tensor, Tensor, Tensor, Call, Any, Memory], None]
 
+# The plan of one call, and the rule by which its tiles are judged: from the plan made last, the call, the method's
+# config and its memory.
+BeforeFunction = Callable[[BlockPlan, Call, Any, Memory], tuple[BlockPlan, VerdictRule]]
+
+# Takes the needed bits of a call (see ``dsattn.attend``) into the memory.
+AfterFunction = Callable[[Tensor, Call, Any, Memory], None]
+
 
 @dataclass(frozen=True)
 class Method:
@@ -47,6 +55,8 @@ class Method:
         observe: looks at q, k, v of the last dense step and leaves in memory what the first plan needs; None for
             methods that need nothing.
         static: the plan depends on grid, shapes and options only, not on the values of q, k, v.
+        before, after: run around every call of a method that learns from the tiles its calls computed, also where a
+            plan is reused; both or neither.
 
     """
 
@@ -58,6 +68,8 @@ class Method:
     rank: RankFunction | None = None
     observe: ObserveFunction | None = None
     static: bool = False
+    before: BeforeFunction | None = None
+    after: AfterFunction | None = None
 
 
 def keep_exact_segments(mask: Tensor, grid: VideoGrid, block_q: int, block_k: int) -> Tensor:
