@@ -4,42 +4,44 @@
     python scripts/frontier.py measure --captures captures --json frontier.json --plot frontier.png
 
 `capture` runs the shipped model densely over a few prompts and keeps what enters chosen attention calls.
-`measure` plans and attends every capture with every method and prints a table: relative L2 error of the output against
-dense (float64, sampled query rows, mean over heads and captures) by density, and what the density leaves out: pooled
-keys, planning, and the time of the whole call against dense SDPA in the same process.
+`measure` runs every capture through an engine of every method and prints tables: relative L2 error of a layer's output
+against dense (float64, sampled query rows; root mean square over layers, steps and prompts) against cost. Cost is
+relative to dense attention: keys read exactly, pooled keys, and the measured time of planning, spread over the calls
+that reuse a plan. Every method is given its error on the same rows, which no method saw when it planned.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import platform
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import typer
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dsattn
-from dsattn.config import build
-from dsattn.functional import find_method
+from dsattn.block_plan import BlockPlan
 from dsattn.grid import Call, VideoGrid
+from dsattn.report import environment
 
 PROMPTS = (
     "a large red circle moves right over a gradient background",
     "a small blue square moves up over a checkered background",
     "a large yellow star moves left over a cloudy background",
 )
-DENSITIES = (0.05, 0.1, 0.2, 0.3)
-TAUS = (0.5, 0.8, 1.0, 1.3)
+DENSITIES = (0.03, 0.05, 0.1, 0.2)
+COSTS = (0.06, 0.08, 0.1, 0.15, 0.2)
+# A plan serves so many steps, and a run has so many sparse ones: the defaults of the command line at 20 steps.
+REFRESH, SPARSE_STEPS = 4, 17
 ROWS = 256
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -141,117 +143,171 @@ def cases() -> list[tuple[str, str, list[dict[str, Any]]]]:
     def by_density(**options: Any) -> list[dict[str, Any]]:
         return [{"density": d, **options} for d in DENSITIES]
 
-    combined = {"metric": "logit", "values": 0.1, "routing": "output_error"}
+    # What the papers describe: Euclidean clusters, as many as in the pilot or as many as ours.
+    few = {"metric": "euclidean", "q_clusters": 100, "k_clusters": 300}
+    plain = {"metric": "euclidean", "routing": "mass"}
+    ear = {"metric": "euclidean", "routing": "weight_error"}
     return [
         ("radial", "radial", [{"decay": d} for d in (0.05, 0.2, 0.5, 1.0)]),
         ("spatial_temporal", "spatial_temporal", by_density()),
-        ("spatial_temporal + pooled", "spatial_temporal", by_density(tail="pooled")),
-        ("topk raster", "topk", by_density(order="raster", tail="none")),
         ("topk tile", "topk", by_density(order="tile", tail="none")),
-        ("topk hilbert", "topk", by_density(order="hilbert", tail="none")),
-        ("topk hilbert subblock", "topk", by_density(order="hilbert", tail="none", scorer="subblock")),
-        ("topk tile + pooled", "topk", by_density(order="tile")),
-        ("topk morton + pooled (Sol-like)", "topk", by_density(order="morton")),
-        ("sol", "sol", [{"tau": t} for t in TAUS]),
-        ("sol + pooled per block", "sol", [{"tau": t, "tail": "pooled_block"} for t in TAUS]),
-        ("topk hilbert + pooled", "topk", by_density(order="hilbert")),
-        ("topk hilbert subblock + pooled", "topk", by_density(order="hilbert", scorer="subblock")),
-        ("semantic (SVG2-like)", "semantic", by_density(tail="none")),
-        ("semantic + pooled", "semantic", by_density()),
-        ("semantic by weight error (SVG-EAR-like)", "semantic", by_density(routing="weight_error")),
-        ("semantic logit", "semantic", by_density(metric="logit")),
-        ("semantic logit, values, by output error", "semantic", by_density(**combined)),
-        ("semantic + pooled per block", "semantic", by_density(tail="pooled_block")),
+        ("topk hilbert, sub-blocks", "topk", by_density(order="hilbert", tail="none", scorer="subblock")),
+        ("topk tile + tail", "topk", by_density(order="tile")),
+        ("topk hilbert, sub-blocks + tail", "topk", by_density(order="hilbert", scorer="subblock")),
+        ("sol", "sol", by_density()),
+        ("sol, tail per block", "sol", by_density(tail="pooled_block")),
+        ("sparse_linear, untrained", "sparse_linear", [{"critical": d} for d in DENSITIES]),
+        ("temporal", "temporal", [{"threshold": t} for t in (-6.0, -3.0)]),
+        ("temporal + tail", "temporal", [{"threshold": t, "tail": "pooled"} for t in (-3.0, -1.0)]),
+        ("SVG2, 100/300 clusters", "semantic", by_density(tail="none", **{**plain, **few})),
+        ("SVG2, our counts", "semantic", by_density(tail="none", **plain)),
+        ("SVG2 + tail, our counts", "semantic", by_density(**plain)),
+        ("SVG-EAR, 100/300 clusters", "semantic", by_density(**{**ear, **few})),
+        ("SVG-EAR, our counts", "semantic", by_density(**ear)),
+        ("semantic, by mass", "semantic", by_density(routing="mass")),
+        ("semantic (default)", "semantic", by_density()),
+        ("semantic, by output error", "semantic", by_density(routing="output_error")),
+        ("semantic, values .1, output error", "semantic", by_density(values=0.1, routing="output_error")),
+        ("auto", "auto", [{"cost": c} for c in (0.06, 0.1, 0.16, 0.26)]),
     ]
 
 
-def median_ms(run: Callable[[], Any], repeats: int = 3) -> float:
-    run()
+def measure_point(method: str, options: dict[str, Any], captures: list[Captured]) -> dict[str, Any]:
+    """Error, density and cost of one method at one setting, with the state it would have in a run."""
+    errors: list[Tensor] = []
+    rows: list[tuple[float, float, float, float]] = []
+    observed = []
+    for _, group in itertools.groupby(captures, key=lambda item: item.prompt):
+        items = list(group)
+        first = items[0].call.step
+        engine = dsattn.Engine(method, dense_steps=first, monitor=0, timing=True, **options)
+        opening = [item for item in items if item.call.step == first]
+        for item in opening:
+            # The first captured step stands for the last dense one too, and is where temporal looks first.
+            early = replace(item.call, step=first - 1)
+            if engine.method.observe is not None:
+                engine(*item.qkv, early, dense=lambda: torch.empty(0))
+                observed.append(engine.stats.records[-1].plan_s)
+            if engine.method.before is not None:
+                engine(*item.qkv, item.call)
+        for item in items:
+            out = engine(*item.qkv, item.call)[:, item.rows].double()
+            errors.append(torch.stack([x.square().sum((1, 3)) for x in (out - item.exact, item.exact)]).flatten(1))
+            record = engine.stats.records[-1]
+            plan = engine.state.entries[item.call.model, item.call.layer, item.call.branch].plan
+            rows.append((float(record.density.mean()), tail_keys(plan), record.plan_s, record.attend_s))
+    squares = torch.stack(errors)
+    q, k, v = (x.transpose(1, 2) for x in captures[len(captures) // 2].qkv)
+    dense_s = median_s(lambda: F.scaled_dot_product_attention(q, k, v))
+    density, tail, plan_times, attend_times = zip(*rows, strict=True)
+    plan_s, attend_s = statistics.median(plan_times), statistics.median(attend_times)
+    observe_s = statistics.median(observed) if observed else 0.0
+    planning = (plan_s / REFRESH + observe_s / SPARSE_STEPS) / dense_s
+    return {
+        "method": method,
+        "options": options,
+        "error": float((squares[:, 0].sum(1) / squares[:, 1].sum(1)).mean().sqrt()),
+        "error_of_heads": float((squares[:, 0] / squares[:, 1]).sqrt().mean()),
+        "worst_head": float((squares[:, 0] / squares[:, 1]).sqrt().max()),
+        "density": statistics.mean(density),
+        "tail_keys": statistics.mean(tail),
+        "planning": planning,
+        "cost": statistics.mean(density) + statistics.mean(tail) + planning,
+        "plan_ms": 1000 * plan_s,
+        "observe_ms": 1000 * observe_s,
+        "attend_ms": 1000 * attend_s,
+        "dense_ms": 1000 * dense_s,
+    }
+
+
+def tail_keys(plan: BlockPlan) -> float:
+    """Pooled keys that a query reads, per key of the sequence."""
+    blocks = float((plan.k_sizes > 0).sum(-1).float().mean()) / plan.k_len
+    return {"none": 0.0, "pooled": blocks, "pooled_block": blocks * plan.num_q_blocks / plan.q_len}[plan.tail]
+
+
+def median_s(run: Callable[[], Any], repeats: int = 3) -> float:
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return 1000 * statistics.median(times)
-
-
-def measure_point(method: str, options: dict[str, Any], captures: list[Captured], timed: bool) -> dict[str, Any]:
-    """Error, density and cost of one method at one setting."""
-    chosen = find_method(method)
-    config = build(chosen.config, options, method)
-    errors: list[float] = []
-    densities, tails = [], []
-    memory: dict[str, Tensor] = {}
-    last = None
-    for item in captures:
-        if last is None or (item.prompt, item.call.layer) != last:
-            memory = {}
-        last = (item.prompt, item.call.layer)
-        plan = chosen.plan(*item.qkv, item.call, config, memory)
-        out = dsattn.attend(*item.qkv, plan)[:, item.rows].double()
-        norms = [x.square().sum((1, 3)).sqrt() for x in (out - item.exact, item.exact)]
-        errors += (norms[0] / norms[1]).flatten().tolist()
-        densities.append(float(plan.density.mean()))
-        # Per query row: all pooled keys, or its share of its block's and the one key that is made of them.
-        keys = {"none": 0.0, "pooled": plan.num_k_blocks}
-        keys["pooled_block"] = 1 + plan.num_q_blocks * plan.num_k_blocks / plan.q_len
-        tails.append(keys[plan.tail] / plan.k_len)
-    point = {
-        "method": method,
-        "options": options,
-        "error": statistics.mean(errors),
-        "worst_head": max(errors),
-        "density": statistics.mean(densities),
-        "tail_keys": statistics.mean(tails),
-    }
-    if timed:
-        item = captures[len(captures) // 2]
-        q, k, v = (x.transpose(1, 2) for x in item.qkv)
-        point["dense_ms"] = median_ms(lambda: F.scaled_dot_product_attention(q, k, v))
-        point["plan_ms"] = median_ms(lambda: chosen.plan(*item.qkv, item.call, config, memory))
-        point["attend_ms"] = median_ms(lambda: dsattn.attend(*item.qkv, plan))
-    return point
+    return statistics.median(times)
 
 
 @app.command()
 def measure(
     captures: Path = typer.Option(..., help="Folder that 'capture' wrote."),
     only: str = typer.Option("", help="Measure the labels that contain this text."),
+    at: str = typer.Option("", help="Use the captures of these steps; all by default."),
+    prompts: int = typer.Option(len(PROMPTS), help="Use the captures of so many prompts."),
     json_out: Path | None = typer.Option(None, "--json", help="Write every point here."),
+    markdown: Path | None = typer.Option(None, help="Write the tables here."),
     plot: Path | None = typer.Option(None, help="Write a picture (PNG) here."),
-    timed: bool = typer.Option(True, help="Also time planning, attention and dense attention."),
     threads: int = 2,
 ) -> None:
     """Error and cost of every method on the captures."""
     torch.set_num_threads(threads)
-    items = list(load(captures))
+    steps = numbers(at) if at else None
+    used = PROMPTS[:prompts]
+    items = [i for i in load(captures) if i.prompt in used and (steps is None or i.call.step in steps)]
+    items.sort(key=lambda item: (item.prompt, item.call.step, item.call.layer))
     results: list[dict[str, Any]] = []
-    table = Table(
-        "method", "density", "tail keys", "error", "worst head", "plan ms", "attend ms", "dense ms", "× dense"
-    )
     for label, method, points in cases():
         if only not in label:
             continue
         for options in points:
-            point = {"label": label, **measure_point(method, options, items, timed)}
+            # Verdicts run on the torch path, slowly at high density: one prompt.
+            some = [item for item in items if item.prompt == PROMPTS[0]] if method == "temporal" else items
+            point = {"label": label, "captures": len(some), **measure_point(method, options, some)}
             results.append(point)
-            cells = [f"{point[name]:.4f}" for name in ("density", "tail_keys", "error", "worst_head")]
-            if timed:
-                total = point["plan_ms"] + point["attend_ms"]
-                cells += [f"{point[name]:.1f}" for name in ("plan_ms", "attend_ms", "dense_ms")]
-                cells.append(f"{point['dense_ms'] / total:.2f}")
-            table.add_row(label, *cells)
-            typer.echo(f"{label} {options}: error {point['error']:.4f} at density {point['density']:.3f}", err=True)
-    Console(width=150).print(table)
+            typer.echo(f"{label} {options}: error {point['error']:.4f} at cost {point['cost']:.3f}", err=True)
+    facts = {
+        "env": environment(),
+        "threads": threads,
+        "captures": len(items),
+        "steps": sorted({item.call.step for item in items}),
+        "tokens": items[0].call.grid.tokens,
+        "refresh": REFRESH,
+        "sparse_steps": SPARSE_STEPS,
+    }
+    text = tables(results)
+    typer.echo(text)
     if json_out:
-        machine = {
-            "machine": platform.processor() or platform.machine(),
-            "torch": torch.__version__,
-            "threads": threads,
-        }
-        json_out.write_text(json.dumps({**machine, "captures": len(items), "points": results}, indent=1) + "\n")
+        json_out.write_text(json.dumps({**facts, "points": results}, indent=1) + "\n")
+    if markdown:
+        markdown.write_text(text)
     if plot:
         draw(results, plot)
+
+
+def tables(results: list[dict[str, Any]]) -> str:
+    """Two markdown tables: every point, and the errors at equal cost with how ``auto`` compares."""
+    names = ("density", "tail_keys", "planning", "cost", "error", "error_of_heads", "worst_head")
+    head = ["method", *(name.replace("_", " ") for name in names), "attend / dense"]
+    lines = [head, ["---"] * len(head)]
+    for p in results:
+        cells = [f"{p[name]:.3f}" for name in names]
+        lines.append([p["label"], *cells, f"{p['attend_ms'] / p['dense_ms']:.2f}"])
+    lines += [[], ["method", *(f"error at cost {c:g}" for c in COSTS), *(f"auto / it at {c:g}" for c in COSTS)]]
+    lines.append(["---"] * (1 + 2 * len(COSTS)))
+    for label in dict.fromkeys(p["label"] for p in results):
+        own = [at_cost(results, label, c) for c in COSTS]
+        best = [at_cost(results, "auto", c) for c in COSTS]
+        ratios = [b / o if b and o else None for b, o in zip(best, own, strict=True)]
+        cells = [*("" if x is None else f"{x:.3f}" for x in own), *("" if x is None else f"{x:.2f}" for x in ratios)]
+        lines.append([label, *cells])
+    return "\n".join("| " + " | ".join(line) + " |" if line else "" for line in lines) + "\n"
+
+
+def at_cost(results: list[dict[str, Any]], label: str, cost: float) -> float | None:
+    """Error at a cost, between measured points straight in logarithms; None outside of them."""
+    points = sorted((math.log(p["cost"]), math.log(p["error"])) for p in results if p["label"] == label)
+    x = math.log(cost)
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x0 <= x <= x1:
+            return math.exp(y0 + (y1 - y0) * (x - x0) / max(x1 - x0, 1e-9))
+    return None
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
@@ -263,9 +319,9 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(9, 6))
     for label in dict.fromkeys(p["label"] for p in results):
-        points = sorted((p["density"] + p["tail_keys"], p["error"]) for p in results if p["label"] == label)
+        points = sorted((p["cost"], p["error"]) for p in results if p["label"] == label)
         axes.plot(*zip(*points, strict=True), marker="o", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="keys read per query / all keys (pooled ones included)")
+    axes.set(xscale="log", yscale="log", xlabel="cost / dense attention (exact keys, pooled keys, planning)")
     axes.set(ylabel="relative L2 error of the attention output", title="Error against cost, shipped model")
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
