@@ -177,9 +177,18 @@ class HeadProfile:
                 model, branch, layer = name.rsplit("/", 2)
                 values = {curve: tensors[f"{name}/{curve}"] for curve in _CURVES}
                 layers[model, branch, int(layer)] = LayerProfile(facts["step"], tuple(facts["candidates"]), **values)
+                _check_shapes(name, layers[model, branch, int(layer)])
             return cls(layers, VideoGrid(**document["grid"]), document["steps"], document["pipeline"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"profile {file} is damaged: {error!r}; make a new one with 'dsattn profile'") from error
+
+
+def _check_shapes(name: str, layer: LayerProfile) -> None:
+    expected = (len(layer.candidates), len(DENSITIES), *layer.weight.shape)
+    for curve in _CURVES[:-1]:
+        shape = tuple(getattr(layer, curve).shape)
+        if len(expected) != 4 or shape != expected:
+            raise ValueError(f"{name}/{curve} is {shape}, expected {expected}")
 
 
 def _heads(layer: LayerProfile) -> list[list[dict[str, Any]]]:

@@ -52,7 +52,7 @@ def test_does_not_import_optional_packages():
 
 # Lower layers first; a module may import only from its own or a lower layer.
 LAYERS = [
-    ("errors", "grid", "block_plan", "config", "orders", "verdict"),
+    ("errors", "grid", "block_plan", "config", "orders", "presets", "verdict"),
     ("kernels",),
     ("head_profile", "mix", "profiler", "methods"),
     ("functional",),
