@@ -59,7 +59,20 @@ LAYERS = [
     ("schedule", "state", "stats"),
     ("engine",),
     ("pipelines",),
-    ("metrics", "video", "report", "measure", "survey", "compare", "cli", "__main__", "_diffusers_hook"),
+    ("thumbnails",),
+    (
+        "profile_report",
+        "profile_pictures",
+        "metrics",
+        "video",
+        "report",
+        "measure",
+        "survey",
+        "compare",
+        "cli",
+        "__main__",
+        "_diffusers_hook",
+    ),
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The package's own __init__ gathers names from all layers; the tiny model's CLI helpers none.
