@@ -76,7 +76,7 @@ def draw_heads(report: ProfileReport) -> Figure:
         _head_map(axis, panel, colours, 9 if heads <= 2 * _MANY else 7.5)
         axis.set_title(panel.name)
     _legend(figure, colours)
-    _title(figure, "Method and density of every head (number: keys read exactly, % of all)")
+    _title(figure, "Method of every head, and its density in % (keys read exactly)")
     return figure
 
 
