@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ class HeadProfile:
             UsageError: the name does not end in .json, or the files cannot be written.
 
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         file = _json_path(path)
         names = ["/".join(map(str, key)) for key in self.layers]
@@ -138,7 +139,7 @@ class HeadProfile:
         parts = [file.with_name(f".{file.stem}{suffix}.part") for suffix in (".safetensors", ".json")]
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, parts[0])
+            parts[0].write_bytes(save(tensors))
             parts[1].write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
             os.replace(parts[0], file.with_suffix(".safetensors"))
             os.replace(parts[1], file)
@@ -146,7 +147,8 @@ class HeadProfile:
             raise UsageError(f"profile {file} cannot be written: {error}") from error
         finally:
             for part in parts:
-                part.unlink(missing_ok=True)
+                with suppress(OSError):
+                    part.unlink()
 
     @classmethod
     def load(cls, path: str | Path) -> HeadProfile:

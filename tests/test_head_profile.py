@@ -122,7 +122,9 @@ def test_only_auto_profiles_and_only_after_a_run() -> None:
         (lambda pipe: setattr(pipe, "scheduler", tiny.flow(shift=2.0)), "shift=7.0.*shift=2.0"),
         (lambda pipe: setattr(pipe, "transformer", tiny.wan_transformer(num_layers=3)), "made with transformer Wan"),
         (
-            lambda pipe: setattr(pipe, "transformer", tiny.wan_transformer(num_attention_heads=4, attention_head_dim=6)),
+            lambda pipe: setattr(
+                pipe, "transformer", tiny.wan_transformer(num_attention_heads=4, attention_head_dim=6)
+            ),
             "made with transformer Wan",
         ),
     ],
@@ -257,3 +259,9 @@ def test_half_written_files_never_remain(fails_at: int, tmp_path: Path, monkeypa
         head_profile(layers=1, heads=2).save(file)
     assert not [p for p in tmp_path.iterdir() if "part" in p.name]
     assert not file.exists(), "without its .json nothing is taken for a profile"
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"profile .*p\.json cannot be written: .*file"):
+        head_profile(layers=1, heads=2).save(tmp_path / "file" / "p.json")
