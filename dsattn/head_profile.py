@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class HeadProfile:
     """Curves of all layers of a run.
 
     layers: by (model, branch, layer).
-    grid: the token grid they hold for.
+    grid: the token grid they hold for, with any number of text tokens.
     steps: denoising steps of the run, if known.
     pipeline: what the run was made of (models, scheduler), see ``mismatch``.
     """
@@ -86,7 +86,9 @@ class HeadProfile:
             UsageError: the call has another grid, number of steps or heads, or is of no layer that was measured.
 
         """
-        for what, made, now in (("grid", self.grid, call.grid), ("number of steps", self.steps, call.num_steps)):
+        # Text is as long as the prompt in some models, and is kept exact.
+        grids = replace(self.grid, text=0), replace(call.grid, text=0)
+        for what, made, now in (("grid", *grids), ("number of steps", self.steps, call.num_steps)):
             if made is not None and now is not None and made != now:
                 raise UsageError(f"the profile was made for the {what} {made}, this run has {now}; make a new one")
         found = {

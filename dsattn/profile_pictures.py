@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dsattn.grid import VideoGrid
 from dsattn.head_profile import LayerProfile
 from dsattn.profile_report import DENSE, Panel, ProfileReport, Timeline, chosen_names
 from dsattn.video import atomic
@@ -164,7 +165,7 @@ def draw_masks(report: ProfileReport, panel: Panel) -> Figure:
     margin = 8
     canvas = np.ones((len(panel.layers) * (side + margin), panel.heads * (side + margin), 3))
     colours, rgb = _palette(report), colormaps["cividis"]
-    borders = _frame_borders(report, side)
+    borders = _frame_borders(panel.grid, side)
     for y, (index, layer) in enumerate(panel.layers.items()):
         for x, name in enumerate(chosen_names(layer, panel.row, panel.heads)):
             top, left = y * (side + margin) + margin, x * (side + margin) + margin
@@ -200,9 +201,8 @@ def _pixel_axes(canvas: NDArray[Any]) -> tuple[Figure, Axes]:
     return figure, axis
 
 
-def _frame_borders(report: ProfileReport, side: int) -> NDArray[Any]:
+def _frame_borders(grid: VideoGrid, side: int) -> NDArray[Any]:
     """Pixels in a thumbnail at which latent frames begin, and the end of the last one."""
-    grid = report.grid
     # Marks closer than five pixels would be a line: every second, third ... frame then.
     every = -(-5 * grid.tokens // (side * grid.frame_tokens))
     tokens = np.arange(grid.video_start, grid.video_end, grid.frame_tokens * every)

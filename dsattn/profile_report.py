@@ -24,6 +24,7 @@ class Panel:
     """The layers of one (model, branch, batch row).
 
     name: branch, and what else it takes to tell panels apart.
+    grid: token grid of its calls.
     layers: by index; None where a layer stayed dense and was not measured.
     maps: thumbnails ``[H, n, m]`` of the last plans, by layer.
     """
@@ -32,6 +33,7 @@ class Panel:
     model: str
     branch: str
     row: int
+    grid: VideoGrid
     layers: dict[int, LayerProfile | None]
     maps: dict[int, NDArray[Any]]
 
@@ -62,7 +64,6 @@ class Timeline:
 class ProfileReport:
     """All that pictures and tables of a profile show."""
 
-    grid: VideoGrid
     panels: list[Panel]
     timeline: Timeline
 
@@ -95,6 +96,7 @@ def profile_report(profile: HeadProfile, engine: Engine) -> ProfileReport:
         seen = {r.layer for r in records if (r.model, r.branch) == (model, branch)}
         layers = {i: profile.layers.get((model, branch, i)) for i in sorted(seen)}
         maps = {}
+        grid = next(e.layout.grid for (m, _, b), e in engine.state.entries.items() if (m, b) == (model, branch))
         for i in layers:
             entry = engine.state.entries.get((model, i, branch))
             if entry is not None and entry.plan is not None:
@@ -103,8 +105,8 @@ def profile_report(profile: HeadProfile, engine: Engine) -> ProfileReport:
         for row in range(rows):
             name = f"{model} {branch}" if len(models) > 1 else branch
             own = {i: m[row] for i, m in maps.items()}
-            panels.append(Panel(name if rows == 1 else f"{name} row {row}", model, branch, row, layers, own))
-    return ProfileReport(profile.grid, panels, _timeline(records, engine.method_config.target_error))
+            panels.append(Panel(name if rows == 1 else f"{name} row {row}", model, branch, row, grid, layers, own))
+    return ProfileReport(panels, _timeline(records, engine.method_config.target_error))
 
 
 def _timeline(records: Sequence[Record], target: float | None) -> Timeline:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,12 @@ class Handle:
                 "profile before handle.remove()"
             )
         entries = self.engine.state.entries
-        grids = {entries[model, layer, branch].layout.grid for model, branch, layer in layers}
-        if len(grids) > 1:
-            raise UsageError(f"a profile holds for one token grid, the calls of this run have {len(grids)}: {grids}")
+        grids = sorted((entries[m, layer, branch].layout.grid for m, branch, layer in layers), key=lambda g: g.text)
+        others = {replace(grid, text=0) for grid in grids}
+        if len(others) > 1:
+            raise UsageError(f"a profile holds for one token grid, the calls of this run have {len(others)}: {others}")
         context = next((c for c in map(ModelContext.of, self.transformers.values()) if c is not None), None)
-        return HeadProfile(layers, grids.pop(), None if context is None else context.run.num_steps, dict(self._facts))
+        return HeadProfile(layers, grids[-1], None if context is None else context.run.num_steps, dict(self._facts))
 
     def remove(self) -> None:
         """Put the original processor objects and hooks back; harmless when already done."""

@@ -44,10 +44,10 @@ def report(layers: int, heads: int, dense_layers: int = 0, steps: int = 20) -> P
     band = np.stack([np.exp(-distance / (1 + 10 * rng.random())) for _ in range(heads)])
     own = {i: None if i < dense_layers else profile.layers["transformer", "cond", i] for i in range(layers)}
     maps = {i: band for i in range(dense_layers, layers)}
-    panel = Panel("cond", "transformer", "cond", 0, own, maps)
+    panel = Panel("cond", "transformer", "cond", 0, profile.grid, own, maps)
     dense = [0, 1, 2]
     density = {
         i: [1.0 if s in dense or i < dense_layers else 0.1 + 0.2 * rng.random() for s in range(steps)] for i in own
     }
     error = {i: [0.1 * rng.random() if s % 4 == 2 and s > 2 else float("nan") for s in range(steps)] for i in own}
-    return ProfileReport(profile.grid, [panel], Timeline(list(range(steps)), dense, density, error, 0.1))
+    return ProfileReport([panel], Timeline(list(range(steps)), dense, density, error, 0.1))

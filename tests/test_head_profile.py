@@ -101,6 +101,18 @@ def test_both_transformers_of_a_pipeline_are_profiled() -> None:
     assert {model for model, _, _ in profile.layers} == {"transformer", "transformer_2"}
 
 
+def test_prompts_of_another_length_use_the_profile_where_text_takes_part(tmp_path: Path) -> None:
+    pipe, args = tiny.mochi()
+    with dsattn.enabled(pipe, "auto", **AUTO) as handle:
+        tiny.run(pipe, args)
+        profile = handle.head_profile()
+    profile.save(tmp_path / "p.json")
+    with dsattn.enabled(pipe, "auto", profile=tmp_path / "p.json", impl="torch") as handle:
+        tiny.run(pipe, {**args, "prompt": "a very red fox"})
+        again = handle.head_profile()
+    assert again.grid.text > profile.grid.text and again.layers.keys() == profile.layers.keys()
+
+
 def test_only_auto_profiles_and_only_after_a_run() -> None:
     pipe, args = tiny.wan()
     with dsattn.enabled(pipe, **tiny.SPARSE) as handle:

@@ -39,7 +39,7 @@ def test_thumbnails_of_few_tokens_and_of_everything() -> None:
     assert thumbnail(BlockPlan.dense(1, 2, 1000, 1000)).shape == (1, 2, BINS, BINS)
 
 
-@pytest.mark.parametrize("name", ["wan", "cogvideox"])  # two branches, and two batch rows
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "mochi"])  # branches, batch rows, texts of two lengths
 def test_report_of_a_run(name: str, tmp_path: Path) -> None:
     pipe, args = tiny.BUILDERS[name]()
     options = {"target_error": 0.3, "rows": 8, "impl": "torch", "dense_steps": 1, "dense_layers": (0,), "refresh": 2}

@@ -55,8 +55,7 @@ Profile = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 
-# (name, type, default) of the options that stand in front of and behind a command's own.
-_FIRST: tuple[tuple[str, Any, Any], ...] = (("prompt", Prompt, None),)
+# (name, type, default) of the options behind a command's own; the prompt stands in front of them.
 _SHARED: tuple[tuple[str, Any, Any], ...] = (
     ("model", Model, None),
     ("preset", Preset, None),
@@ -89,14 +88,14 @@ def with_shared(command: Callable[..., None]) -> Callable[..., None]:
     def entry(context: typer.Context, **values: Any) -> None:
         command(Request.of(context), **{option.name: values[option.name] for option in own})
 
-    def option(name: str, kind: Any, default: Any) -> inspect.Parameter:
+    def option(name: str, kind: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
 
-    first = option("context", typer.Context, inspect.Parameter.empty)
-    everything = [first, *(option(*o) for o in _FIRST), *own, *(option(*o) for o in _SHARED)]
+    own_options = [o.replace(kind=inspect.Parameter.KEYWORD_ONLY) for o in own]
+    first = [option("context", typer.Context), option("prompt", Prompt, None)]
+    everything = [*first, *own_options, *(option(*o) for o in _SHARED)]
     # Typer reads these two instead of the function's own.
-    signature = inspect.Signature([o.replace(kind=inspect.Parameter.KEYWORD_ONLY) for o in everything])
-    entry.__signature__ = signature  # type: ignore[attr-defined]
+    entry.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]
     entry.__annotations__ = {o.name: o.annotation for o in everything}
     entry.__doc__ = command.__doc__
     return entry

@@ -13,6 +13,7 @@ from dsattn.cli.output import print_json
 from dsattn.cli.progress import watching
 from dsattn.cli.table import print_profile
 from dsattn.errors import UsageError
+from dsattn.head_profile import HeadProfile
 from dsattn.measure import generate
 from dsattn.profile_pictures import draw_all, picture_names
 from dsattn.profile_report import ProfileReport, layer_rows, profile_report
@@ -36,17 +37,18 @@ def command(request: options.Request, out: Out = Path("profile")) -> None:
     check_writable(out / "profile.json")
     request, loaded = models.prepare(request)
     silent = request.params["quiet"] or request.params["json"]
-    report, document = _run(request, loaded, out, silent)
+    profile, report, document = _run(request, loaded, silent)
     # Shown before it is saved: a full disk must not cost the figures.
     print_json(document) if request.params["json"] else print_profile(document, out)
+    profile.save(out / "profile.json")
     write_json(out / "report.json", document)
     draw_all(report, out)
 
 
 def _run(
-    request: options.Request, loaded: models.Loaded, out: Path, silent: bool
-) -> tuple[ProfileReport, dict[str, Any]]:
-    """Run, save the profile, and gather what pictures and table show."""
+    request: options.Request, loaded: models.Loaded, silent: bool
+) -> tuple[HeadProfile, ProfileReport, dict[str, Any]]:
+    """Run once, and gather what is kept, drawn and printed."""
     from dsattn.pipelines.adapter import enable
 
     try:
@@ -62,7 +64,6 @@ def _run(
         summary = handle.summary()
     finally:
         handle.remove()
-    profile.save(out / "profile.json")
     document = {
         "schema": SCHEMA,
         "command": request.command,
@@ -84,4 +85,4 @@ def _run(
         "files": {"profile": "profile.json", "curves": "profile.safetensors", "pictures": picture_names(report)},
         "env": environment(),
     }
-    return report, document
+    return profile, report, document
