@@ -51,7 +51,7 @@ def print_profile(report: dict[str, Any], out: Path) -> None:
     where = [name for name in ("model", "branch", "row") if len({layer[name] for layer in layers}) > 1]
     for name in (*where, "layer"):
         table.add_column(name)
-    for name, side in (("heads by method", "left"), ("density", "right"), ("estimated error", "right")):
+    for name, side in (("heads by method", "left"), ("density", "right"), ("estimated error, when measured", "right")):
         table.add_column(name, justify="right" if side == "right" else "left")
     for layer in layers:
         place = [str(layer[name]) for name in (*where, "layer")]
