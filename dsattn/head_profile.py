@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class HeadProfile:
     """Curves of all layers of a run.
 
     layers: by (model, branch, layer).
-    grid: the token grid they hold for.
+    grid: the token grid they hold for, with any number of text tokens.
     steps: denoising steps of the run, if known.
     pipeline: what the run was made of (models, scheduler), see ``mismatch``.
     """
@@ -85,7 +86,9 @@ class HeadProfile:
             UsageError: the call has another grid, number of steps or heads, or is of no layer that was measured.
 
         """
-        for what, made, now in (("grid", self.grid, call.grid), ("number of steps", self.steps, call.num_steps)):
+        # Text is as long as the prompt in some models, and is kept exact.
+        grids = replace(self.grid, text=0), replace(call.grid, text=0)
+        for what, made, now in (("grid", *grids), ("number of steps", self.steps, call.num_steps)):
             if made is not None and now is not None and made != now:
                 raise UsageError(f"the profile was made for the {what} {made}, this run has {now}; make a new one")
         found = {
@@ -115,7 +118,7 @@ class HeadProfile:
             UsageError: the name does not end in .json, or the files cannot be written.
 
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         file = _json_path(path)
         names = ["/".join(map(str, key)) for key in self.layers]
@@ -138,7 +141,7 @@ class HeadProfile:
         parts = [file.with_name(f".{file.stem}{suffix}.part") for suffix in (".safetensors", ".json")]
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, parts[0])
+            parts[0].write_bytes(save(tensors))
             parts[1].write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
             os.replace(parts[0], file.with_suffix(".safetensors"))
             os.replace(parts[1], file)
@@ -146,7 +149,8 @@ class HeadProfile:
             raise UsageError(f"profile {file} cannot be written: {error}") from error
         finally:
             for part in parts:
-                part.unlink(missing_ok=True)
+                with suppress(OSError):
+                    part.unlink()
 
     @classmethod
     def load(cls, path: str | Path) -> HeadProfile:
@@ -177,9 +181,18 @@ class HeadProfile:
                 model, branch, layer = name.rsplit("/", 2)
                 values = {curve: tensors[f"{name}/{curve}"] for curve in _CURVES}
                 layers[model, branch, int(layer)] = LayerProfile(facts["step"], tuple(facts["candidates"]), **values)
+                _check_shapes(name, layers[model, branch, int(layer)])
             return cls(layers, VideoGrid(**document["grid"]), document["steps"], document["pipeline"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"profile {file} is damaged: {error!r}; make a new one with 'dsattn profile'") from error
+
+
+def _check_shapes(name: str, layer: LayerProfile) -> None:
+    expected = (len(layer.candidates), len(DENSITIES), *layer.weight.shape)
+    for curve in _CURVES[:-1]:
+        shape = tuple(getattr(layer, curve).shape)
+        if len(expected) != 4 or shape != expected:
+            raise ValueError(f"{name}/{curve} is {shape}, expected {expected}")
 
 
 def _heads(layer: LayerProfile) -> list[list[dict[str, Any]]]:

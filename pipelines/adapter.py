@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from torch import nn
 
 from dsattn.config import DEFAULT_METHOD, Config
 from dsattn.engine import Engine, as_engine
+from dsattn.errors import UsageError
+from dsattn.head_profile import HeadProfile
 from dsattn.pipelines.context import ModelContext, Run
+from dsattn.pipelines.facts import describe_pipeline
 from dsattn.pipelines.overlay import SparseProcessor, unwrap, wrap
-from dsattn.pipelines.registry import family_of, find_transformers
+from dsattn.pipelines.registry import family_of, find_transformers, preset_family
+from dsattn.presets import over_preset, preset
 
 Method = str | Path | Config | Engine
 
@@ -31,9 +36,10 @@ class Handle:
 
     """
 
-    def __init__(self, engine: Engine, transformers: dict[str, nn.Module]) -> None:
+    def __init__(self, engine: Engine, transformers: dict[str, nn.Module], facts: dict[str, str]) -> None:
         self.engine = engine
         self.transformers = transformers
+        self._facts = facts
 
     def __repr__(self) -> str:
         state = ", ".join(
@@ -44,6 +50,36 @@ class Handle:
     def summary(self) -> dict[str, Any]:
         """What the engine has done so far: density, kernels, fallbacks with reasons."""
         return dict(self.engine.summary())
+
+    def head_profile(self) -> HeadProfile:
+        """What ``auto`` measured of every head in the current or last run, to be saved and used for other prompts.
+
+        Under context parallelism it holds the heads of this process only.
+
+        Raises:
+            UsageError: the method is not ``auto``, nothing has been measured, or calls of one run differ in their grid.
+
+        """
+        if self.engine.method.name != "auto":
+            raise UsageError(f"only the method 'auto' profiles heads; this is {self.engine.method.name!r}")
+        shared = self.engine.state.shared
+        layers = {
+            (model, branch, layer): profile
+            for (model, branch), found in sorted(shared.items())
+            for layer, profile in sorted(found.get("auto", {}).items())
+        }
+        if not layers:
+            raise UsageError(
+                "no head has been measured: run the pipeline first, with at least one sparse step, and take the "
+                "profile before handle.remove()"
+            )
+        entries = self.engine.state.entries
+        grids = sorted((entries[m, layer, branch].layout.grid for m, branch, layer in layers), key=lambda g: g.text)
+        others = {replace(grid, text=0) for grid in grids}
+        if len(others) > 1:
+            raise UsageError(f"a profile holds for one token grid, the calls of this run have {len(others)}: {others}")
+        context = next((c for c in map(ModelContext.of, self.transformers.values()) if c is not None), None)
+        return HeadProfile(layers, grids[-1], None if context is None else context.run.num_steps, dict(self._facts))
 
     def remove(self) -> None:
         """Put the original processor objects and hooks back; harmless when already done."""
@@ -62,13 +98,13 @@ class SparseAttnProcessor:
 
     dsattn_request = True
 
-    def __init__(self, method: Method = DEFAULT_METHOD, **options: Any) -> None:
+    def __init__(self, method: Method | None = None, **options: Any) -> None:
         self.method = method
         self.options = options
 
     def __repr__(self) -> str:
-        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
-        return f"SparseAttnProcessor({self.method!r}{options})"
+        method = [] if self.method is None else [repr(self.method)]
+        return f"SparseAttnProcessor({', '.join(method + [f'{n}={v!r}' for n, v in self.options.items()])})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Always raises: reached only when it was put on attention modules one by one."""
@@ -79,16 +115,19 @@ class SparseAttnProcessor:
         )
 
 
-def enable(target: Any, method: Method = DEFAULT_METHOD, **options: Any) -> Handle:
+def enable(target: Any, method: Method | None = None, **options: Any) -> Handle:
     """Run the video self-attention of a pipeline or transformer through dsattn.
 
     Args:
         target: a diffusers pipeline (all its video transformers are taken) or one transformer.
         method: name of a method, a ``Config``, path of a YAML config, or an :class:`~dsattn.engine.Engine` of its own.
-        **options: options of the method and the engine, such as ``density``, ``dense_steps``, ``strict``.
+            None is the default method, with a preset ``auto``.
+        **options: options of the method and the engine, such as ``density``, ``dense_steps``, ``strict``; or
+            ``preset="safe" | "balanced" | "fast"``, whose values other options replace.
 
     Raises:
-        ValueError: no transformer is supported, or none of its attention modules is recognised.
+        ValueError: no transformer is supported, none of its attention modules is recognised, or a head profile was
+            made for another model or scheduler.
         RuntimeError: dsattn is already enabled there.
 
     """
@@ -107,7 +146,7 @@ def disable(target: Any) -> None:
 
 
 @contextmanager
-def enabled(target: Any, method: Method = DEFAULT_METHOD, **options: Any) -> Iterator[Handle]:
+def enabled(target: Any, method: Method | None = None, **options: Any) -> Iterator[Handle]:
     """:func:`enable` for the length of a ``with`` block."""
     handle = enable(target, method, **options)
     try:
@@ -130,7 +169,7 @@ def summary(target: Any) -> dict[str, Any]:
     raise RuntimeError(f"dsattn is not enabled on this {type(target).__name__}; call dsattn.enable(...) first")
 
 
-def attn_processors(transformer: nn.Module, method: Method = DEFAULT_METHOD, **options: Any) -> dict[str, Any]:
+def attn_processors(transformer: nn.Module, method: Method | None = None, **options: Any) -> dict[str, Any]:
     """Full dictionary for ``transformer.set_attn_processor(...)``.
 
     Video self-attention gets a sparse processor, every other module keeps its own object. The transformer's forward is
@@ -177,7 +216,7 @@ def set_attn_processor(target: Any, processor: Any) -> None:
 
 
 def _prepare(
-    target: Any, method: Method, options: dict[str, Any]
+    target: Any, method: Method | None, options: dict[str, Any]
 ) -> tuple[Handle, dict[str, dict[str, SparseProcessor]]]:
     """Hook the transformers of ``target`` and build their processors, without setting them."""
     transformers = find_transformers(target)
@@ -195,7 +234,11 @@ def _prepare(
                 f"dsattn is already enabled on {name}; call handle.remove() or dsattn.disable(...) first"
             )
         plans.append((name, transformer, family, modules))
-    engine = as_engine(method, **options)
+    if options.get("preset") is not None:
+        method, options = _with_preset(method, options, preset_family(target))
+    engine = as_engine(DEFAULT_METHOD if method is None else method, **options)
+    facts = describe_pipeline(target)
+    _check_profile(engine, facts)
     run = Run(engine, None if isinstance(target, nn.Module) else target)
     processors, contexts = {}, []
     for name, transformer, family, modules in plans:
@@ -207,7 +250,29 @@ def _prepare(
     for context, transformer in contexts:
         _uninstall(transformer)  # hooks left by attn_processors() whose result was replaced
         context.attach(transformer)
-    return Handle(engine, transformers), processors
+    return Handle(engine, transformers, facts), processors
+
+
+def _with_preset(method: Method | None, options: dict[str, Any], family: str) -> tuple[Method, dict[str, Any]]:
+    if method not in (None, "auto"):
+        raise UsageError(f"a preset sets the error budget of the method 'auto', got {method!r} beside it")
+    given = {name: value for name, value in options.items() if name != "preset"}
+    values = over_preset(preset(options["preset"], family), given)
+    return values.pop("method"), values
+
+
+def _check_profile(engine: Engine, facts: dict[str, str]) -> None:
+    """Refuse a head profile of another pipeline.
+
+    Raises:
+        UsageError: the profile cannot be read, or was made with another model or scheduler.
+
+    """
+    profile: HeadProfile | None = getattr(engine.method_config, "measured", None)
+    why = None if profile is None else profile.mismatch(facts)
+    if why is not None:
+        file = engine.method_config.profile
+        raise UsageError(f"profile {file} does not fit: {why}; make a new one with 'dsattn profile'")
 
 
 def _uninstall(transformer: nn.Module) -> None:

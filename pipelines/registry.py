@@ -44,6 +44,17 @@ def family_of(module: Any) -> Family | None:
     return next((FAMILIES[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in FAMILIES), None)
 
 
+def preset_family(target: Any) -> str:
+    """Family of a pipeline or transformer as :mod:`dsattn.presets` knows it.
+
+    Raises:
+        TypeError, ValueError: as :func:`find_transformers`.
+
+    """
+    family = family_of(next(iter(find_transformers(target).values())))
+    return str(getattr(target, "dsattn_family", family.name if family is not None else ""))
+
+
 def find_transformers(target: Any) -> dict[str, nn.Module]:
     """Transformers that dsattn can speed up, by component name.
 

@@ -130,6 +130,84 @@ def test_a_saved_pipeline_can_be_named(tmp_path, capsys):
     assert "--frames must be 4n+1 for WanPipeline, got 6; try 5 or 9" in capsys.readouterr().err
 
 
+AUTO = ["--height", "64", "--width", "64", "--frames", "9", "--steps", "4", "--impl", "torch", "-O", "rows=8"]
+PICTURES = ["heads", "masks_cond", "masks_uncond", "recall_cond", "recall_uncond", "steps"]
+
+
+def test_profile_and_its_use(tmp_path, capsys):
+    arguments = [*AUTO, "--dense-steps", "1", "-O", "target_error=0.3"]
+    assert run(["profile", PROMPT, *arguments, "--out", "p"]) == 0
+    out, err = capsys.readouterr()
+    names = sorted([*(f"{name}.png" for name in PICTURES), "profile.json", "profile.safetensors", "report.json"])
+    assert files(tmp_path / "p") == names and err == ""
+    for word in (
+        "branch",
+        "layer",
+        "heads by method",
+        "density",
+        "estimated error",
+        "uncond",
+        "--profile p/profile.json",
+    ):
+        assert word in out
+    assert sum(line.startswith(("cond", "uncond")) for line in out.splitlines()) == 12
+    report = json.loads(Path("p/report.json").read_text())
+    assert report["schema"] == "dsattn.profile-report/1" and report["prompt"] == PROMPT and report["steps"] == 4
+    assert report["config"]["target_error"] == 0.3 and report["config"]["dense_steps"] == 1
+    assert len(report["layers"]) == 12 and report["tokens"] == 3 * 8 * 8 and report["fallbacks"] == []
+
+    other = "a small blue square moves up over a plain background"
+    assert run(["generate", other, *arguments, "--profile", "p/profile.json", "--json"]) == 0
+    side = json.loads(capsys.readouterr().out)
+    assert side["method"] == "auto" and side["config"]["profile"] == "p/profile.json"
+    assert side["calls"]["refresh"] > 0
+    command = ["compare", other, *arguments, "--profile", "p/profile.json", "--repeats", "1", "--out", "c", "--json"]
+    assert run(command) == 0
+    report = json.loads(capsys.readouterr().out)
+    jsonschema.validate(report, SCHEMA)
+    assert report["runs"]["sparse"]["config"]["profile"] == "p/profile.json"
+
+    before = files(tmp_path)
+    use = ["--profile", "p/profile.json", "-o", "no.mp4"]
+    for arguments, words in (
+        ([*AUTO, "--steps", "5"], ["number of steps 4", "5"]),
+        ([*AUTO, "--height", "80"], ["grid", "height=8", "height=10"]),
+        ([*AUTO, "--method", "topk"], ["--profile", "method auto", "'topk'"]),
+        ([*AUTO, "-O", "method=radial"], ["--profile", "method auto", "'radial'"]),
+    ):
+        assert run(["generate", PROMPT, *arguments, *use]) == USAGE
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and all(word in err for word in words), err
+    assert files(tmp_path) == before
+
+
+def test_a_profile_of_another_model_is_refused(tmp_path, capsys):
+    pipe, _ = tiny_pipelines.wan()
+    pipe.save_pretrained(tmp_path / "wan")
+    model = ["--model", str(tmp_path / "wan"), "--steps", "2", *AUTO[:6], "--impl", "torch"]
+    assert run(["profile", "a cat", *model, "--preset", "fast", "--out", "p", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["pipeline"]["transformer"].startswith("WanTransformer3DModel ")
+    assert report["config"]["dense_layers"] == [0] and report["config"]["dense_steps"] == 0.12, "the family's own"
+    assert {tuple(row["methods"]) for row in report["layers"] if row["layer"] == 0} == {("dense",)}
+    assert run(["generate", PROMPT, *AUTO, "--profile", "p/profile.json"]) == USAGE
+    err = capsys.readouterr().err
+    assert "p/profile.json does not fit" in err and "made with transformer WanTransformer3DModel" in err
+    assert not Path("out.mp4").exists()
+
+
+def test_presets_and_what_goes_before_them(capsys):
+    small = [*SMALL, "--impl", "torch", "-O", "rows=8", "--json"]
+    assert run(["generate", *small, "--preset", "safe"]) == 0
+    config = json.loads(capsys.readouterr().out)["config"]
+    assert (config["method"], config["target_error"], config["refresh"]) == ("auto", 0.05, 2)
+    assert config["dense_steps"] == 0.25 and config["dense_layers"] == []
+    flags = ["--refresh", "3", "--dense-steps", "1", "-O", "cost=0.5"]
+    assert run(["generate", *small, "--preset", "fast", *flags]) == 0
+    config = json.loads(capsys.readouterr().out)["config"]
+    assert (config["target_error"], config["cost"], config["refresh"], config["dense_steps"]) == (None, 0.5, 3, 1)
+
+
 def test_methods_and_doctor(capsys):
     assert run(["methods", "--json"]) == 0
     methods = json.loads(capsys.readouterr().out)
@@ -186,6 +264,18 @@ BAD = [
     (["compare", PROMPT, "--out", "broken.yaml"], ["broken.yaml is a file"]),
     (["compare", PROMPT, "--repeats", "0"], ["--repeats", "0"]),
     (["compare", PROMPT, "--min-psnr", "-3"], ["--min-psnr", "-3"]),
+    (["generate", PROMPT, "--preset", "quick"], ["preset", "safe, balanced, fast", "'quick'"]),
+    (["generate", PROMPT, "--preset", "safe", "--config", "list.yaml"], ["--preset or --config"]),
+    (["compare", PROMPT, "--preset", "safe", "--method", "topk"], ["--preset", "method auto", "'topk'"]),
+    (["generate", PROMPT, "--profile", "no.json"], ["no.json", "cannot be read"]),
+    (["compare", PROMPT, "--profile", "list.yaml"], ["must end in .json", "list.yaml"]),
+    (["generate", PROMPT, "--profile", "list.json"], ["list.json", "cannot be read"]),
+    (["profile", PROMPT, "-O", "method=topk"], ["runs the method auto", "'topk'"]),
+    (["profile", PROMPT, "-O", "profile=no.json"], ["no.json"]),
+    (["profile", PROMPT, "-O", "density=0.3"], ["density", "auto"]),
+    (["profile", PROMPT, "--method", "topk"], ["--method"]),
+    (["profile", PROMPT, "--out", "broken.yaml"], ["broken.yaml is a file"]),
+    (["profile", PROMPT, *SMALL, "--dense-steps", "9"], ["no head has been measured"]),
     (["compress"], ["compress", "compare"]),
 ]
 
@@ -194,6 +284,7 @@ BAD = [
 def test_bad_input_is_one_clear_line(arguments, words, tmp_path, capsys):
     Path("broken.yaml").write_text("a: [1\n b: }")
     Path("list.yaml").write_text("- 1\n- 2\n")
+    Path("list.json").write_text("[1")
     Path("empty").mkdir()
     before = files(tmp_path)
     assert run(arguments) == USAGE
@@ -272,8 +363,8 @@ def test_as_a_process():
 
 def test_help_imports_no_model_library():
     code = "import sys; from dsattn.cli.app import run; run(sys.argv[1:]); print(*sys.modules)"
-    for arguments in (["--help"], ["compare", "--help"]):
+    for arguments in (["--help"], ["compare", "--help"], ["profile", "--help"]):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
         assert "Usage: dsattn" in done.stdout
         loaded = set(done.stdout.splitlines()[-1].split())
-        assert not loaded & {"diffusers", "transformers", "skimage", "sklearn", "imageio", "rich.table"}
+        assert not loaded & {"diffusers", "transformers", "skimage", "sklearn", "imageio", "rich.table", "matplotlib"}

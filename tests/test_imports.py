@@ -52,14 +52,27 @@ def test_does_not_import_optional_packages():
 
 # Lower layers first; a module may import only from its own or a lower layer.
 LAYERS = [
-    ("errors", "grid", "block_plan", "config", "orders", "verdict"),
+    ("errors", "grid", "block_plan", "config", "orders", "presets", "verdict"),
     ("kernels",),
     ("head_profile", "mix", "profiler", "methods"),
     ("functional",),
     ("schedule", "state", "stats"),
     ("engine",),
     ("pipelines",),
-    ("metrics", "video", "report", "measure", "survey", "compare", "cli", "__main__", "_diffusers_hook"),
+    ("thumbnails",),
+    (
+        "profile_report",
+        "profile_pictures",
+        "metrics",
+        "video",
+        "report",
+        "measure",
+        "survey",
+        "compare",
+        "cli",
+        "__main__",
+        "_diffusers_hook",
+    ),
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # The package's own __init__ gathers names from all layers; the tiny model's CLI helpers none.

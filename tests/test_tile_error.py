@@ -19,7 +19,9 @@ from .method_inputs import dense
 from .temporal_runs import GRID, SMALL, density, engine, error, local
 
 
-@pytest.mark.parametrize("base", [("dense", {}), ("dense", {"tail": "pooled"}), ("topk", {}), ("topk", {"tail": "pooled_block"})], ids=str)
+@pytest.mark.parametrize(
+    "base", [("dense", {}), ("dense", {"tail": "pooled"}), ("topk", {}), ("topk", {"tail": "pooled_block"})], ids=str
+)
 @pytest.mark.parametrize("grid", [VideoGrid(5, 7, 9), VideoGrid(4, 7, 9, text=19, prefix=3)], ids=str)
 def test_estimate_is_the_error_of_the_next_step(grid, base):
     """Sampled blocks, judged as the kernel judges them, give the error that attend then has on their rows."""

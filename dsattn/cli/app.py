@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dsattn.cli import compare, doctor, generate, methods
+from dsattn.cli import compare, doctor, generate, methods, profile
 from dsattn.cli.errors import explain
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command(name="generate")(generate.command)
 app.command(name="compare")(compare.command)
+app.command(name="profile")(profile.command)
 app.command(name="methods")(methods.command)
 app.command(name="doctor")(doctor.command)
 

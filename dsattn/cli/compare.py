@@ -33,43 +33,25 @@ FILES = {
 }
 
 
+@options.with_shared
 def command(
-    context: typer.Context,
-    prompt: options.Prompt = None,
+    request: options.Request,
     out: Out = Path("out"),
     repeats: Repeats = 2,
     min_psnr: MinPsnr = None,
-    model: options.Model = None,
     method: options.Method = None,
-    config: options.ConfigFile = None,
-    option: options.Options = None,
-    steps: options.Steps = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    frames: options.Frames = None,
-    guidance: options.Guidance = None,
-    seed: options.Seed = 0,
-    negative_prompt: options.NegativePrompt = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    dense_steps: options.DenseSteps = None,
-    dense_layers: options.DenseLayers = None,
-    refresh: options.Refresh = None,
-    impl: options.Impl = None,
-    strict: options.Strict = False,
+    profile: options.Profile = None,
     fps: options.Fps = FPS,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
 ) -> None:
     """Run dense and sparse attention with one seed, in turns, and report speed, density and fidelity."""
-    request = options.Request.of(context)
     if request.config.method == "dense":
         raise UsageError("--method must be a sparse method, got 'dense'; see 'dsattn methods'")
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file, expected a folder")
     for name in FILES.values():
         check_writable(out / name)
-    loaded = models.prepare(request)
+    request, loaded = models.prepare(request)
+    json, quiet = request.params["json"], request.params["quiet"]
 
     problems: list[SaveError] = []
 

@@ -20,38 +20,20 @@ from dsattn.video import check_writable, write_mp4
 Output = Annotated[Path, typer.Option("--output", "-o", help="The video, an .mp4.")]
 
 
+@options.with_shared
 def command(
-    context: typer.Context,
-    prompt: options.Prompt = None,
+    request: options.Request,
     output: Output = Path("out.mp4"),
-    model: options.Model = None,
     method: options.Method = None,
-    config: options.ConfigFile = None,
-    option: options.Options = None,
-    steps: options.Steps = None,
-    height: options.Height = None,
-    width: options.Width = None,
-    frames: options.Frames = None,
-    guidance: options.Guidance = None,
-    seed: options.Seed = 0,
-    negative_prompt: options.NegativePrompt = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    dense_steps: options.DenseSteps = None,
-    dense_layers: options.DenseLayers = None,
-    refresh: options.Refresh = None,
-    impl: options.Impl = None,
-    strict: options.Strict = False,
+    profile: options.Profile = None,
     fps: options.Fps = FPS,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
 ) -> None:
     """Generate a video with sparse attention, or --method dense."""
-    request = options.Request.of(context)
     if output.suffix.lower() != ".mp4":
         raise UsageError(f"--output must end in .mp4, got {str(output)!r}")
     check_writable(output)
-    loaded = models.prepare(request)
+    request, loaded = models.prepare(request)
+    json, quiet = request.params["json"], request.params["quiet"]
     # The method "dense" is the plain pipeline, unless it is told to use another dense backend.
     plain = request.config.method == "dense" and request.config.dense is None
     with watching(quiet or json) as watch:

@@ -15,9 +15,9 @@ from dsattn.cli.options import Request
 from dsattn.errors import UsageError
 from dsattn.functional import choose_impl
 from dsattn.measure import Job
+from dsattn.presets import SHIPPED
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHIPPED = "shipped"
 
 
 @dataclass
@@ -29,8 +29,8 @@ class Loaded:
     load_s: float
 
 
-def prepare(request: Request) -> Loaded:
-    """Check what can be checked without a model, load it, and check the sizes against it.
+def prepare(request: Request) -> tuple[Request, Loaded]:
+    """Check what can be checked without a model, load it, check the sizes and fit the preset to it.
 
     Raises:
         UsageError: unknown dtype, unusable device, a model that cannot be loaded, or a size it cannot make.
@@ -46,7 +46,9 @@ def prepare(request: Request) -> Loaded:
     note_unknown_words(model, request.job.prompt)
     loaded = load(model, name, device)
     check_size(loaded.pipe, request.job)
-    return loaded
+    if request.params["preset"] is not None:
+        request = request.for_family(_family(loaded.pipe))
+    return request, loaded
 
 
 def load(model: str | None, dtype: str, device: torch.device) -> Loaded:
@@ -107,6 +109,15 @@ def note_unknown_words(model: str | None, prompt: str) -> None:
             f"it knows prompts like '{DEFAULT_PROMPT}'",
             err=True,
         )
+
+
+def _family(pipe: Any) -> str:
+    from dsattn.pipelines.registry import preset_family
+
+    try:
+        return preset_family(pipe)
+    except ValueError as error:
+        raise UsageError(f"dsattn cannot be used on this {type(pipe).__name__}: {error}") from error
 
 
 def _shipped(dtype: torch.dtype) -> tuple[Any, str | None]:

@@ -1,10 +1,11 @@
-"""Options that ``generate`` and ``compare`` share, and what they add up to."""
+"""Options that ``generate``, ``compare`` and ``profile`` share, and what they add up to."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from dsattn.config import Config, load_config
 from dsattn.engine import Engine
 from dsattn.errors import UsageError
 from dsattn.measure import Job
+from dsattn.presets import PRESETS, over_preset, preset
 
 Prompt = Annotated[
     str | None, typer.Argument(help="What the video shows; may be left out with the shipped model.", show_default=False)
@@ -44,10 +46,59 @@ Refresh = Annotated[int | None, typer.Option(help="Make a new plan every so many
 Impl = Annotated[str | None, typer.Option(help="auto, triton, flex, torch or reference.")]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail (exit code 3) instead of falling back to dense.")]
 Fps = Annotated[float, typer.Option(help="Frames per second of the file.")]
+Preset = Annotated[
+    str | None, typer.Option(help=f"Error budget and schedule of the method auto in one word: {', '.join(PRESETS)}.")
+]
+Profile = Annotated[
+    Path | None, typer.Option(help="JSON file of 'dsattn profile': use what it measured, with the method auto.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 
+# (name, type, default) of the options behind a command's own; the prompt stands in front of them.
+_SHARED: tuple[tuple[str, Any, Any], ...] = (
+    ("model", Model, None),
+    ("preset", Preset, None),
+    ("config", ConfigFile, None),
+    ("option", Options, None),
+    ("steps", Steps, None),
+    ("height", Height, None),
+    ("width", Width, None),
+    ("frames", Frames, None),
+    ("guidance", Guidance, None),
+    ("seed", Seed, 0),
+    ("negative_prompt", NegativePrompt, None),
+    ("dtype", Dtype, None),
+    ("device", Device, None),
+    ("dense_steps", DenseSteps, None),
+    ("dense_layers", DenseLayers, None),
+    ("refresh", Refresh, None),
+    ("impl", Impl, None),
+    ("strict", Strict, False),
+    ("json", Json, False),
+    ("quiet", Quiet, False),
+)
 _ENGINE = ("method", "dense_steps", "dense_layers", "refresh", "impl")
+
+
+def with_shared(command: Callable[..., None]) -> Callable[..., None]:
+    """Command line function that takes the shared options too; ``command`` gets a ``Request`` and its own options."""
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+
+    def entry(context: typer.Context, **values: Any) -> None:
+        command(Request.of(context), **{option.name: values[option.name] for option in own})
+
+    def option(name: str, kind: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
+
+    own_options = [o.replace(kind=inspect.Parameter.KEYWORD_ONLY) for o in own]
+    first = [option("context", typer.Context), option("prompt", Prompt, None)]
+    everything = [*first, *own_options, *(option(*o) for o in _SHARED)]
+    # Typer reads these two instead of the function's own.
+    entry.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]
+    entry.__annotations__ = {o.name: o.annotation for o in everything}
+    entry.__doc__ = command.__doc__
+    return entry
 
 
 @dataclass(frozen=True)
@@ -83,7 +134,11 @@ class Request:
         words = context.obj if isinstance(context.obj, list) else sys.argv[1:]
         names = ("seed", "negative_prompt", "height", "width", "frames", "steps", "guidance")
         job = Job(prompt=_prompt(params), **{name: params[name] for name in names})
-        return cls(job, _config(params), params, shlex.join(["dsattn", *words]))
+        return cls(job, _config(params, None), params, shlex.join(["dsattn", *words]))
+
+    def for_family(self, family: str | None) -> Request:
+        """The same, with the preset's values for a model family."""
+        return replace(self, config=_config(self.params, family))
 
 
 def _check_numbers(params: Mapping[str, Any]) -> None:
@@ -95,7 +150,7 @@ def _check_numbers(params: Mapping[str, Any]) -> None:
         value = params.get(name)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise UsageError(f"--{name.replace('_', '-')} must be a number of at least 0, got {value}")
-    if params["fps"] == 0:
+    if params.get("fps") == 0:
         raise UsageError("--fps must be above 0, got 0")
     if not 0 <= params["seed"] < 2**63:
         raise UsageError(f"--seed must be in [0, 2**63), got {params['seed']}")
@@ -114,22 +169,42 @@ def _prompt(params: Mapping[str, Any]) -> str:
     return prompt
 
 
-def _config(params: Mapping[str, Any]) -> Config:
-    """Flags before ``-O`` before the config file; without a file, before the command line's defaults."""
-    file = params["config"]
-    values = dict(DEFAULTS) if file is None else load_config(Path(file)).to_dict()
+def _config(params: Mapping[str, Any], family: str | None) -> Config:
+    """Flags before ``-O`` before the config file or preset; without either, before the command line's defaults."""
+    given: dict[str, Any] = {}
     for item in params["option"] or ():
         name, equals, text = item.partition("=")
         if not equals or not name.strip():
             raise UsageError(f"-O must be name=value, got {item!r}; example: -O density=0.3")
-        values[name.strip().replace("-", "_")] = _value(text)
-    values |= {name: params[name] for name in _ENGINE if params[name] is not None}
-    values |= {"strict": True} if params["strict"] else {}
+        given[name.strip().replace("-", "_")] = _value(text)
+    given |= {name: params[name] for name in _ENGINE if params.get(name) is not None}
+    given |= {"strict": True} if params["strict"] else {}
+    profile = params.get("profile")
+    given |= {} if profile is None else {"profile": str(profile)}
+    values = _below(params, given, family)
+    needs_auto = "--profile" if profile is not None else "--preset" if params["preset"] is not None else None
+    if needs_auto is not None and values["method"] != "auto":
+        raise UsageError(f"{needs_auto} is of the method auto, got the method {values['method']!r} beside it")
     if isinstance(values["dense_steps"], str):
         values["dense_steps"] = _value(values["dense_steps"])
     config = Config.from_dict(values)
-    Engine(config)  # refuses an unknown method and options it does not have
+    # Refuses an unknown method, options it does not have, and a profile that cannot be read.
+    engine = Engine(config)
+    getattr(engine.method_config, "measured", None)
     return config
+
+
+def _below(params: Mapping[str, Any], given: dict[str, Any], family: str | None) -> dict[str, Any]:
+    """The options given, over the config file, the preset or the defaults."""
+    if params["preset"] is not None:
+        if params["config"] is not None:
+            raise UsageError("give --preset or --config, not both; -O and flags may stand beside either")
+        return over_preset(preset(params["preset"], family), given)
+    if params["config"] is not None:
+        return {**load_config(Path(params["config"])).to_dict(), **given}
+    # `dsattn profile` has no --method.
+    auto = {"method": "auto"} if params.get("profile") is not None or "method" not in params else {}
+    return {**DEFAULTS, **auto, **given}
 
 
 def _value(text: str) -> Any:

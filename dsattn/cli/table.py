@@ -1,4 +1,4 @@
-"""The report of a comparison as a table for people."""
+"""The reports of a comparison and a profile as tables for people."""
 
 from __future__ import annotations
 
@@ -31,6 +31,41 @@ def print_report(report: dict[str, Any], out: Path) -> None:
     console.print(table)
     for line in _lines(report, out):
         console.print(line, markup=False, soft_wrap=True)
+
+
+def print_profile(report: dict[str, Any], out: Path) -> None:
+    """What ``dsattn profile`` found, to standard output: a row per layer and branch."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    grid, model, density = report["grid"], report["model"], report["density"]
+    title = (
+        f"dsattn profile   {model['id']} ({model['pipeline']})   {grid['frames']}x{grid['height']}x{grid['width']} "
+        f"latent grid ({report['tokens']:,} tokens)   {report['steps']} steps   seed {report['seed']}"
+    )
+    console.print(title, markup=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 3, 0, 0))
+    layers = report["layers"]
+    # What is the same in every row goes without saying.
+    where = [name for name in ("model", "branch", "row") if len({layer[name] for layer in layers}) > 1]
+    for name in (*where, "layer"):
+        table.add_column(name)
+    for name, side in (("heads by method", "left"), ("density", "right"), ("estimated error, when measured", "right")):
+        table.add_column(name, justify="right" if side == "right" else "left")
+    for layer in layers:
+        place = [str(layer[name]) for name in (*where, "layer")]
+        table.add_row(*place, counts(layer["methods"]), f"{layer['density']:.3f}", f"{layer['error']:.1%}")
+    console.print(table)
+    sparse = "no sparse call" if density["sparse_calls"] is None else f"{density['sparse_calls']:.3f} of sparse calls"
+    error = report["estimated_error"]
+    later = "" if error is None else f"; error of the plans in use, estimated over the run: {error:.1%}"
+    console.print(f"density {density['all_calls']:.3f} of all calls, {sparse}{later}", markup=False, soft_wrap=True)
+    for fallback in report["fallbacks"]:
+        console.print(f"fallback {fallback['calls']} calls ran dense: {fallback['reason']}", markup=False)
+    names = [report["files"]["profile"], *report["files"]["pictures"]]
+    console.print(f"saved {'  '.join(str(out / name) for name in names)}", markup=False, soft_wrap=True)
+    console.print(f"use it with: --profile {out / report['files']['profile']}", markup=False, soft_wrap=True)
 
 
 def _title(report: dict[str, Any]) -> str:

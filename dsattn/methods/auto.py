@@ -97,7 +97,14 @@ class AutoConfig:
     @cached_property
     def measured(self) -> HeadProfile | None:
         """The profile file, read once per config."""
-        return None if self.profile is None else HeadProfile.load(self.profile)
+        if self.profile is None:
+            return None
+        found = HeadProfile.load(self.profile)
+        unknown = {name for layer in found.layers.values() for name in layer.candidates} - set(CANDIDATES)
+        if unknown:
+            came = ", ".join(sorted(unknown))
+            raise UsageError(f"profile {self.profile} has candidates that this version does not know: {came}")
+        return found
 
 
 def observe(q: Tensor, k: Tensor, v: Tensor, call: Call, config: AutoConfig, memory: Memory) -> None:

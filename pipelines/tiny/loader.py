@@ -22,6 +22,7 @@ from dsattn.pipelines.tiny.model import (
     build_transformer,
     build_vocabulary,
 )
+from dsattn.presets import SHIPPED
 
 WEIGHTS = Path(__file__).parent / "weights"
 CHECKSUMS = "checksums.json"
@@ -30,6 +31,8 @@ _FILES = ("codec.safetensors", "text_encoder.safetensors", "transformer.safetens
 
 class TinyPipeline(WanPipeline):
     """WanPipeline with the small model's defaults: 256 x 256, 33 frames, 20 steps, its guidance scale."""
+
+    dsattn_family = SHIPPED
 
     def __call__(self, prompt: str | list[str] | None = None, **options: Any) -> Any:
         """Generate; every option of `WanPipeline.__call__` can be given."""
