@@ -110,7 +110,12 @@ def allocate(layers: Sequence[LayerProfile], *, target: float | None = None, cos
         cost: mean over heads and layers; used where ``target`` is None.
 
     """
-    errors = [x.weight.double() * x.error.flatten(0, 1).double().square() for x in layers]
+    # What is no number (of a head without any output) counts as nothing: argmin would choose it, and no sum with it
+    # would ever meet a target.
+    errors = [
+        (x.weight.double() * x.error.flatten(0, 1).double().square()).nan_to_num(nan=0.0, posinf=torch.inf)
+        for x in layers
+    ]
     costs = [x.cost.flatten(0, 1).double() for x in layers]
     rows = errors[0].shape[1]
     low, high = (torch.full((rows,), edge, dtype=torch.float64) for edge in (-30.0, 30.0))
