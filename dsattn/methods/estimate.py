@@ -18,7 +18,10 @@ from dsattn.kernels.sparse_linear import linear_attention
 
 @lru_cache(maxsize=64)
 def sample_rows(grid: VideoGrid, count: int, seed: int) -> Tensor:
-    """``[count]`` int64: different video tokens (fewer where there are fewer), drawn over the whole clip."""
+    """``[count]`` int64 on the CPU: different video tokens (fewer where there are fewer), drawn over the whole clip.
+
+    Copy it to a GPU with ``non_blocking=True``: without, the host waits for all that was queued before.
+    """
     drawn = torch.randperm(grid.video_tokens, generator=torch.Generator().manual_seed(seed))[:count]
     return drawn.sort().values + grid.video_start
 
@@ -129,7 +132,7 @@ def fit_density(
         The plan and the chosen rungs ``[B, H]``.
 
     """
-    ladder = torch.tensor(LADDER, device=sample.exact.device)
+    ladder = torch.tensor(LADDER).to(sample.exact.device, non_blocking=True)
     top = len(LADDER) - 1
     if rung is None:
         low = torch.zeros(sample.exact.shape[:2], dtype=torch.int64, device=ladder.device)
