@@ -85,7 +85,7 @@ def _tail(sample: RowSample, plan: BlockPlan, peak: Tensor) -> tuple[Tensor | No
     """Weights ``[B, H, R, Nk]`` of the pooled keys, where the plan has a tail, and their values ``[B, H, Nk, D]``."""
     if plan.tail == "none":
         return None, sample.values
-    k_pool, v_pool, log_count = pool_blocks(sample.k, sample.v, plan)
+    k_pool, v_pool, log_count = (x.float() for x in pool_blocks(sample.k, sample.v, plan))
     logits = sample.q @ k_pool.mT * sample.q.shape[-1] ** -0.5 + log_count[:, :, None]
     return (logits - peak).exp(), v_pool
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import dsattn
 from dsattn.block_plan import BlockPlan, LinearTail
 from dsattn.grid import Call, VideoGrid
 from dsattn.mix import join_plans, split_heads
