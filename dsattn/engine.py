@@ -120,7 +120,7 @@ class Engine:
         age = call.step - entry.step
         if self.config.monitor and (self.config.drift or age == self.config.refresh - 1):
             with timed(record, "monitor_s", q.device, self.config.timing):
-                rows = sample_rows(call.grid, self.config.monitor, seed=call.step).to(q.device)
+                rows = sample_rows(call.grid, self.config.monitor, seed=call.step).to(q.device, non_blocking=True)
                 factor = q.shape[-1] ** -0.5 if scale is None else scale
                 error = output_error(out, q, k, v, rows, scale=factor, key_lengths=plan.key_lengths)
                 record.error = error.square().mean(0).sqrt()

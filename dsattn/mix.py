@@ -34,10 +34,15 @@ def join_plans(parts: Sequence[tuple[Tensor, BlockPlan]], batch: int, heads: int
 
     Args:
         parts: pairs of head indices ``b * heads + h`` ``[n]`` (every head exactly once, ascending within a part) and
-            the plan of those heads, with batch 1 and n heads; equal in lengths and tail, without key lengths.
+            the plan of those heads, with batch 1 and n heads; equal in lengths and tail, without key lengths and linear
+            branch.
         batch, heads: of the joined plan.
 
+    Raises:
+        ValueError: plans that do not fit each other or the heads, or that have key lengths or a linear branch.
+
     """
+    _check(parts, batch, heads)
     if len(parts) == 1 and batch == 1:
         return parts[0][1]
     plans = [plan for _, plan in parts]
@@ -73,6 +78,24 @@ def join_plans(parts: Sequence[tuple[Tensor, BlockPlan]], batch: int, heads: int
         k_starts=starts[1],
         tail=plans[0].tail,
     )
+
+
+def _check(parts: Sequence[tuple[Tensor, BlockPlan]], batch: int, heads: int) -> None:
+    """What shapes show; that every head is named once is up to the caller."""
+    named = sum(len(index) for index, _ in parts)
+    if named != batch * heads:
+        raise ValueError(f"parts must name each of the {batch * heads} heads once, got {named}")
+    first = parts[0][1]
+    want = (first.q_len, first.k_len, first.tail)
+    for index, plan in parts:
+        if (plan.batch, plan.heads) != (1, len(index)):
+            raise ValueError(f"the plan of {len(index)} heads must have batch 1, got {plan.batch} x {plan.heads} heads")
+        came = (plan.q_len, plan.k_len, plan.tail)
+        if came != want:
+            raise ValueError(f"plans must agree in (queries, keys, tail), got {want} and {came}")
+        if plan.key_lengths is not None or plan.linear is not None:
+            what = "a linear branch" if plan.key_lengths is None else "key lengths"
+            raise ValueError(f"plans with {what} cannot be joined; set it on the joined plan")
 
 
 def _pad(x: Tensor, value: int, size: int) -> Tensor:

@@ -85,7 +85,7 @@ def _tail(sample: RowSample, plan: BlockPlan, peak: Tensor) -> tuple[Tensor | No
     """Weights ``[B, H, R, Nk]`` of the pooled keys, where the plan has a tail, and their values ``[B, H, Nk, D]``."""
     if plan.tail == "none":
         return None, sample.values
-    k_pool, v_pool, log_count = pool_blocks(sample.k, sample.v, plan)
+    k_pool, v_pool, log_count = (x.float() for x in pool_blocks(sample.k, sample.v, plan))
     logits = sample.q @ k_pool.mT * sample.q.shape[-1] ** -0.5 + log_count[:, :, None]
     return (logits - peak).exp(), v_pool
 
@@ -110,7 +110,12 @@ def allocate(layers: Sequence[LayerProfile], *, target: float | None = None, cos
         cost: mean over heads and layers; used where ``target`` is None.
 
     """
-    errors = [x.weight.double() * x.error.flatten(0, 1).double().square() for x in layers]
+    # What is no number (of a head without any output) counts as nothing: argmin would choose it, and no sum with it
+    # would ever meet a target.
+    errors = [
+        (x.weight.double() * x.error.flatten(0, 1).double().square()).nan_to_num(nan=0.0, posinf=torch.inf)
+        for x in layers
+    ]
     costs = [x.cost.flatten(0, 1).double() for x in layers]
     rows = errors[0].shape[1]
     low, high = (torch.full((rows,), edge, dtype=torch.float64) for edge in (-30.0, 30.0))

@@ -39,7 +39,8 @@ def decide(config: Config, call: Call, planned_at: int | None, drifted: bool = F
         return Decision("dense", "the number of steps is unknown, dense_steps is a fraction")
     always_dense = call.layer in _resolve(config.dense_layers, call.num_layers)
     if call.step < dense_steps:
-        return Decision("dense", "dense_steps", last=call.step == dense_steps - 1 and not always_dense)
+        sparse_afterwards = not always_dense and (call.num_steps is None or dense_steps < call.num_steps)
+        return Decision("dense", "dense_steps", last=call.step == dense_steps - 1 and sparse_afterwards)
     if always_dense:
         return Decision("dense", "dense_layers")
     if planned_at is None:

@@ -77,17 +77,18 @@ class RunState:
     """State of the current run, keyed by (model, layer, branch); batch rows live inside plans and memories."""
 
     entries: dict[tuple[str, int, str], Entry] = field(default_factory=dict)
-    shared: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    shared: dict[tuple[str, str, Layout], dict[str, Any]] = field(default_factory=dict)
 
     def entry(self, call: Call, layout: Layout) -> Entry:
         """Entry for a call; an empty one if there is none or it was made for another layout or a later step."""
         key = (call.model, call.layer, call.branch)
         entry = self.entries.get(key)
         if entry is None or entry.layout != layout or entry.step > call.step:
-            if entry is not None:
-                # What layers learned together was learned from the old layout.
-                self.shared.pop((call.model, call.branch), None)
-            shared = self.shared.setdefault((call.model, call.branch), {})
+            if entry is not None and entry.layout != layout:
+                # What layers learned together was learned from the old layout; every layer comes by here once, and all
+                # of them must meet in the same new one.
+                self.shared.pop((call.model, call.branch, entry.layout), None)
+            shared = self.shared.setdefault((call.model, call.branch, layout), {})
             entry = self.entries[key] = Entry(layout, Memory(shared), call.step)
         return entry
 

@@ -48,6 +48,17 @@ def test_half_precision_inputs_are_estimated_in_fp32():
     assert float(RowSample.of(*qkv, sample_rows(GRID, 20, 0)).error(made).max()) < 1e-6
 
 
+@pytest.mark.parametrize("tail", ["none", "pooled", "pooled_block"])
+def test_double_precision_inputs_are_estimated_in_fp32(tail):
+    qkv = tensors(dtype=torch.float64)
+    made = dsattn.plan(*qkv, Call(0, 0, GRID), method="topk", density=0.2, block_q=32, block_k=16, tail=tail)
+    rows = sample_rows(GRID, 20, 0)
+    found = RowSample.of(*qkv, rows).error(made)
+    want = RowSample.of(*(x.float() for x in qkv), rows).error(made)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=2e-6)
+
+
 def test_relative_error_of_nothing_is_zero():
     zeros = torch.zeros(1, 2, 3, 4)
     assert relative_error(zeros, zeros).tolist() == [[0.0, 0.0]]

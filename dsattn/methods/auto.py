@@ -84,10 +84,11 @@ class AutoConfig:
         require_budget(0.0, target_error=self.target_error, cost=self.cost)
         if self.target_error is None and self.cost is None:
             object.__setattr__(self, "target_error", 0.1)
-        names = (self.candidates,) if isinstance(self.candidates, str) else tuple(self.candidates)
+        came = self.candidates
+        names = (came,) if isinstance(came, str) else tuple(came) if isinstance(came, (tuple, list)) else ()
+        if not names or any(name not in [*CANDIDATES] or names.count(name) > 1 for name in names):
+            raise UsageError(f"candidates must be different names out of {', '.join(CANDIDATES)}; got {came!r}")
         object.__setattr__(self, "candidates", names)
-        if not names or len(set(names)) < len(names) or not set(names) <= set(CANDIDATES):
-            raise UsageError(f"candidates must be different names out of {', '.join(CANDIDATES)}; got {names!r}")
         require("rows", self.rows, int, low=1)
         require("seed", self.seed, int)
         if self.profile is not None:
@@ -117,7 +118,7 @@ def observe(q: Tensor, k: Tensor, v: Tensor, call: Call, config: AutoConfig, mem
     if config.measured is not None:
         return
     batch, length, heads, _ = q.shape
-    rows = sample_rows(call.grid, config.rows, config.seed).to(q.device)
+    rows = sample_rows(call.grid, config.rows, config.seed).to(q.device, non_blocking=True)
     group = max(1, WEIGHTS // (len(rows) * length))
     traced: dict[str, list[Curve]] = {name: [] for name in config.candidates}
     remembered: dict[str, list[Memory]] = {name: [] for name in config.candidates}
@@ -165,9 +166,9 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: AutoConfig, memory
 
     """
     layers = _layers(memory)
-    if config.measured is not None and not layers:
+    if call.layer not in layers and config.measured is not None:
         layers.update(config.measured.layers_of(call, q.shape[0], q.shape[2]))
-    if call.layer not in layers:
+    elif call.layer not in layers:
         observe(q, k, v, call, config, memory)
     profile = layers[call.layer]
     if not len(profile.choice):
@@ -177,13 +178,14 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: AutoConfig, memory
     for index, name in enumerate(profile.candidates):
         chosen = (which.flatten() == index).nonzero().squeeze(1)
         if len(chosen):
-            heads = chosen.to(q.device)
+            heads = chosen.to(q.device, non_blocking=True)
             own = _recall(memory, name, heads)
             ranked = _rank(
                 name, (split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)), call, config, own
             )
             _remember(memory, name, heads, own)
-            parts.append((heads, ranked.at(density.flatten()[chosen].to(q.device)[None])))
+            wanted = density.flatten()[chosen].to(q.device, non_blocking=True)
+            parts.append((heads, ranked.at(wanted[None])))
     return join_plans(parts, q.shape[0], q.shape[2])
 
 

@@ -18,7 +18,10 @@ from dsattn.kernels.sparse_linear import linear_attention
 
 @lru_cache(maxsize=64)
 def sample_rows(grid: VideoGrid, count: int, seed: int) -> Tensor:
-    """``[count]`` int64: different video tokens (fewer where there are fewer), drawn over the whole clip."""
+    """``[count]`` int64 on the CPU: different video tokens (fewer where there are fewer), drawn over the whole clip.
+
+    Copy it to a GPU with ``non_blocking=True``: without, the host waits for all that was queued before.
+    """
     drawn = torch.randperm(grid.video_tokens, generator=torch.Generator().manual_seed(seed))[:count]
     return drawn.sort().values + grid.video_start
 
@@ -57,12 +60,13 @@ class RowSample:
         logits = self.logits.masked_fill(~plan.rows_to_dense(self.rows), -torch.inf)
         values = self.values
         if plan.tail == "pooled":
-            k_pool, v_pool, log_count = pool_blocks(self.k, self.v, plan)
+            k_pool, v_pool, log_count = (x.float() for x in pool_blocks(self.k, self.v, plan))
             tail = self.q @ k_pool.mT * self.q.shape[-1] ** -0.5 + log_count[:, :, None]
             logits = torch.cat([logits, tail.masked_fill(plan.kept_blocks(self.rows), -torch.inf)], -1)
             values = torch.cat([values, v_pool], 2)
         if plan.tail == "pooled_block":
-            value, log_weight = pool_tail(self.queries, self.k, self.v, plan, self.q.shape[-1] ** -0.5)
+            pooled = pool_tail(self.queries, self.k, self.v, plan, self.q.shape[-1] ** -0.5)
+            value, log_weight = (x.float() for x in pooled)
             own = plan.q_block_of_token.expand(*value.shape[:2], -1)[..., self.rows]
             weights = torch.cat([logits, log_weight.gather(2, own)[..., None]], -1).softmax(-1)
             tail = weights[..., -1:] * value.gather(2, own[..., None].expand(-1, -1, -1, value.shape[-1]))
@@ -129,7 +133,7 @@ def fit_density(
         The plan and the chosen rungs ``[B, H]``.
 
     """
-    ladder = torch.tensor(LADDER, device=sample.exact.device)
+    ladder = torch.tensor(LADDER).to(sample.exact.device, non_blocking=True)
     top = len(LADDER) - 1
     if rung is None:
         low = torch.zeros(sample.exact.shape[:2], dtype=torch.int64, device=ladder.device)

@@ -124,7 +124,8 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, me
     ranked = rank(q, k, v, call, config, memory)
     if config.target_error is None:
         return ranked.within(config.density, config.top_p, call)
-    sample = RowSample.of(q, k, v, sample_rows(call.grid, config.rows, config.seed).to(q.device))
+    rows = sample_rows(call.grid, config.rows, config.seed).to(q.device, non_blocking=True)
+    sample = RowSample.of(q, k, v, rows)
     made, memory["rung"] = fit_density(ranked.at, sample, at_step(config.target_error, call), memory.get("rung"))
     return made
 
@@ -239,7 +240,8 @@ def _lay_out(clusters: Clusters, grid: VideoGrid) -> tuple[Tensor, Tensor, int]:
     for start, stop in grid.exact_segments:
         ends += [position + min(done + TILE, stop - start) for done in range(0, stop - start, TILE)]
         position += stop - start
-    exact = torch.tensor(ends, dtype=starts.dtype, device=device).expand(*lead, -1)
+    # Without non_blocking, a copy to a GPU waits for all that was queued before it.
+    exact = torch.tensor(ends, dtype=starts.dtype).to(device, non_blocking=True).expand(*lead, -1)
     return order, torch.cat([starts, exact], -1).to(torch.int32), len(ends)
 
 

@@ -123,7 +123,7 @@ class _Scores:
         scores = q_mean @ k_mean.mT
         shape = (heads, scores.shape[2], scores.shape[3])
         noisy = scores + routing_noise(config.routing_noise, shape, call, config.seed, q.device)
-        always = aligned_blocks(length, block, block, q.device).clone()
+        always = aligned_blocks(length, block, block, q.device)
         always = keep_exact_segments(always, call.grid, block, block)
         video, orders = _video_blocks(call.grid, block), None if order is None else order[None, None]
         return cls(config, q_mean, k_mean, scores, noisy, always, video, length, orders)

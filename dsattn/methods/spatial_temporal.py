@@ -117,7 +117,7 @@ def classify(
     q: Tensor, k: Tensor, v: Tensor, bands: tuple[Band, Band], grid: VideoGrid, config: SpatialTemporalConfig
 ) -> Tensor:
     """``[B, H]`` int64: which band computes the sampled rows with the smaller squared error; 0 on a tie."""
-    rows = sample_rows(grid, config.rows, config.seed).to(q.device)
+    rows = sample_rows(grid, config.rows, config.seed).to(q.device, non_blocking=True)
     logits = torch.einsum("brhd,bshd->bhrs", q[:, rows].float(), k.float()) * q.shape[-1] ** -0.5
     values = v.float().transpose(1, 2)
     exact = logits.softmax(-1) @ values

@@ -87,7 +87,7 @@ def rank(q: Tensor, k: Tensor, v: Tensor, call: Call, config: TopkConfig, memory
     shape = (heads, scores.shape[2], scores.shape[3])
     mass = (scores + routing_noise(config.routing_noise, shape, call, config.seed, q.device)).softmax(-1)
     always = aligned_blocks(length, config.block_q, config.block_k, q.device)
-    always = keep_exact_segments(always.clone(), call.grid, config.block_q, config.block_k)
+    always = keep_exact_segments(always, call.grid, config.block_q, config.block_k)
     orders = None if order is None else order[None, None]
 
     def make(keep: Tensor) -> BlockPlan:
