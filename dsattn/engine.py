@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsattn.block_plan import BlockPlan
 from dsattn.config import DEFAULT_METHOD, Config, build, load_config
 from dsattn.errors import StrictFallbackError, UsageError
 from dsattn.functional import attend, check_qkv, choose_impl, find_method
 from dsattn.grid import Call
 from dsattn.kernels import dense as dense_kernels
-from dsattn.methods.estimate import output_error, sample_rows
+from dsattn.methods.estimate import output_squares, sample_rows
 from dsattn.schedule import decide
-from dsattn.state import Layout, RunState
-from dsattn.stats import Kind, RunStats, timed
+from dsattn.state import Arriving, Entry, Layout, RunState
+from dsattn.stats import Kind, Record, RunStats, timed
 from dsattn.verdict import VerdictRule
 
 DenseAttention = Callable[[], Tensor]
@@ -83,7 +84,7 @@ class Engine:
             with timed(record, "attend_s", q.device, self.config.timing):
                 return run_dense()
         entry = self.state.entry(call, layout)
-        decision = decide(self.config, call, entry.step if entry.plan else None, bool(entry.drifted))
+        decision = decide(self.config, call, entry.step if entry.plan else None, entry.drifted(self.config.drift))
         if decision.action == "dense":
             record = self.stats.add(call, q, "dense", decision.reason, self.config.dense or "pipeline")
             if decision.last and self.method.observe is not None and q.shape[1] == k.shape[1] == call.grid.tokens:
@@ -120,12 +121,30 @@ class Engine:
         age = call.step - entry.step
         if self.config.monitor and (self.config.drift or age == self.config.refresh - 1):
             with timed(record, "monitor_s", q.device, self.config.timing):
-                rows = sample_rows(call.grid, self.config.monitor, seed=call.step).to(q.device, non_blocking=True)
-                factor = q.shape[-1] ** -0.5 if scale is None else scale
-                error = output_error(out, q, k, v, rows, scale=factor, key_lengths=plan.key_lengths)
-                record.error = error.square().mean(0).sqrt()
-                entry.note_error(error, self.config.drift, first=age == 0)
+                self._monitor(out, q, k, v, plan, call, record, entry, scale)
         return out
+
+    def _monitor(
+        self,
+        out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: BlockPlan,
+        call: Call,
+        record: Record,
+        entry: Entry,
+        scale: float | None,
+    ) -> None:
+        """Estimate the error of an output, for statistics, drift, and methods that follow their target."""
+        rows = sample_rows(call.grid, self.config.monitor, seed=call.step).to(q.device, non_blocking=True)
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        difference, norm = output_squares(out, q, k, v, rows, scale=factor, key_lengths=plan.key_lengths)
+        record.error = (difference / norm).mean(0).sqrt()
+        error = (difference.sum(1) / norm.sum(1)).sqrt()
+        record.layer_error = error.square().mean().sqrt()
+        entry.note_error(error, first=call.step == entry.step)
+        entry.memory.shared.setdefault("errors", {})[call.layer] = Arriving(error)
 
     def fallback(self, call: Call | None, reason: str, dense: DenseAttention, q: Tensor | None = None) -> Tensor:
         """Run dense attention where sparse attention was due; counted with its reason.

@@ -97,7 +97,9 @@ def _densities(ranked: Ranked, plan: BlockPlan, ladder: Tensor) -> Tensor:
     return torch.stack([(share * queries).sum(-1) for share in read]).expand(-1, plan.batch, plan.heads)
 
 
-def allocate(layers: Sequence[LayerProfile], *, target: float | None = None, cost: float | None = None) -> None:
+def allocate(
+    layers: Sequence[LayerProfile], *, target: float | Tensor | None = None, cost: float | None = None
+) -> None:
     """Set the choice of all heads together: the cheapest that meets a target, or the best that a mean cost can buy.
 
     One price of error, the same for all heads of all layers, decides: every head takes the option with the least
@@ -106,7 +108,7 @@ def allocate(layers: Sequence[LayerProfile], *, target: float | None = None, cos
 
     Args:
         layers: their ``choice`` is set.
-        target: relative L2 error of a layer's output, root mean square over layers.
+        target: relative L2 error of a layer's output, root mean square over layers; a number or ``[B]``.
         cost: mean over heads and layers; used where ``target`` is None.
 
     """

@@ -30,22 +30,23 @@ class Layout:
         return cls(call.grid, q.shape[0], q.shape[2], q.shape[3], q.dtype, q.device)
 
 
-class Flag:
-    """A truth value computed on a device, read without waiting for it: false until it has arrived."""
+class Arriving:
+    """A tensor on its way to the host: reading waits for what was queued before it was made, not for later work."""
 
     def __init__(self, value: Tensor) -> None:
         self._event = None
+        self._value = value
         if value.device.type == "cuda":
-            self._value = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
             self._value.copy_(value, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
-        else:
-            self._value = value
 
-    def __bool__(self) -> bool:
-        arrived = self._event is None or self._event.query()  # type: ignore[no-untyped-call]
-        return arrived and bool(self._value)
+    def read(self) -> Tensor:
+        """The values, on the CPU."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._value
 
 
 @dataclass
@@ -53,8 +54,8 @@ class Entry:
     """What is kept of one (model, layer, branch): the layout it fits, the method's memory, and the cached plan, if any.
 
     step: when the plan was made, or when the memory was last written where there is no plan yet.
-    first_error: ``[]`` estimated error of the plan's first use, mean over heads, where it was estimated.
-    drifted: the error of its last use was too large.
+    first_error: ``[B]`` estimated error of the plan's first use, where it was estimated.
+    growth: ``[]`` factor by which the error of the last use is larger, mean over the batch.
     """
 
     layout: Layout
@@ -62,14 +63,18 @@ class Entry:
     step: int
     plan: BlockPlan | None = None
     first_error: Tensor | None = None
-    drifted: Flag | bool = False
+    growth: Arriving | None = None
 
-    def note_error(self, error: Tensor, limit: float | None, first: bool) -> None:
-        """Take in the estimated error ``[B, H]`` of a use; ``limit`` is how much it may have grown since the first."""
+    def note_error(self, error: Tensor, first: bool) -> None:
+        """Take in the estimated error ``[B]`` of a use of the plan."""
         if first:
-            self.first_error, self.drifted = error.mean(), False
-        elif limit is not None and self.first_error is not None:
-            self.drifted = Flag(error.mean() > limit * self.first_error)
+            self.first_error, self.growth = error, None
+        elif self.first_error is not None:
+            self.growth = Arriving((error / self.first_error).mean())
+
+    def drifted(self, limit: float | None) -> bool:
+        """Whether the error has grown by more than a factor."""
+        return limit is not None and self.growth is not None and bool(self.growth.read() > limit)
 
 
 @dataclass

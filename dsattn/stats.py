@@ -27,6 +27,7 @@ class Record:
     density: ``[H]`` share of (query, key) pairs computed exactly, mean over the batch; None when dense.
     pairs: (query, key) pairs of the whole call over batch and heads.
     error: ``[H]`` estimated relative L2 error of the output, root mean square over the batch; None where none was made.
+    layer_error: ``[]`` the same of all heads together.
     plan_s, attend_s, monitor_s: seconds, measured where ``Config.timing`` is set.
     """
 
@@ -40,6 +41,7 @@ class Record:
     pairs: int
     density: Tensor | None = None
     error: Tensor | None = None
+    layer_error: Tensor | None = None
     plan_s: float = 0.0
     attend_s: float = 0.0
     monitor_s: float = 0.0
@@ -105,7 +107,7 @@ class RunStats:
             "attend_s": sum(r.attend_s for r in self.records),
             "monitor_s": sum(r.monitor_s for r in self.records),
             "refresh_reasons": dict(Counter(r.reason for r in self.records if r.kind == "refresh")),
-            "estimated_error": _rms(r.error for r in self.records),
+            "estimated_error": _rms(r.layer_error for r in self.records),
             "estimated_error_by_layer": self._error_by("layer"),
             "estimated_error_by_step": self._error_by("step"),
             "impls": dict(Counter(r.impl for r in self.records if r.impl)),
@@ -126,13 +128,13 @@ class RunStats:
     def _error_by(self, key: str) -> dict[int, float | None]:
         groups: dict[int, list[Tensor | None]] = {}
         for record in self.records:
-            if record.error is not None:
-                groups.setdefault(getattr(record, key), []).append(record.error)
+            if record.layer_error is not None:
+                groups.setdefault(getattr(record, key), []).append(record.layer_error)
         return {k: _rms(v) for k, v in sorted(groups.items())}
 
 
 def _rms(errors: Iterable[Tensor | None]) -> float | None:
-    """Root mean square over heads and calls; None of nothing."""
+    """Root mean square over calls; None of nothing."""
     known = [error for error in errors if error is not None]
     return float(torch.stack([e.square().mean() for e in known]).mean().sqrt()) if known else None
 

@@ -62,10 +62,9 @@ class Handle:
         """
         if self.engine.method.name != "auto":
             raise UsageError(f"only the method 'auto' profiles heads; this is {self.engine.method.name!r}")
-        shared = self.engine.state.shared
         layers = {
             (model, branch, layer): profile
-            for (model, branch), found in sorted(shared.items())
+            for (model, branch, _), found in sorted(self.engine.state.shared.items(), key=lambda item: item[0][:2])
             for layer, profile in sorted(found.get("auto", {}).items())
         }
         if not layers:

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
-from dsattn.config import require, require_budget
+from dsattn.config import require, require_one_of
 from dsattn.errors import UsageError
 from dsattn.grid import Call
 from dsattn.head_profile import HeadProfile, LayerProfile
 from dsattn.methods import radial, semantic, spatial_temporal, topk
 from dsattn.methods.base import Memory, Method, RankFunction
+from dsattn.methods.budget import Table, at_step, require_shares
 from dsattn.methods.estimate import RowSample, sample_rows
 from dsattn.methods.radial import RadialConfig
 from dsattn.methods.ranked import Ranked
@@ -54,6 +55,9 @@ CANDIDATES: dict[str, Candidate] = {
     "spatial_temporal": Candidate(spatial_temporal.rank, SpatialTemporalConfig(tail="pooled"), 0.003),
     "radial": Candidate(radial.rank, RadialConfig(tail="pooled"), 0.0),
 }
+# How far one round of measured errors may move the budget, and how far all of them together.
+FOLLOW = (0.5, 1.25)
+FACTORS = (0.2, 1.25)
 # Elements of the sampled rows' weights that are held at a time.
 WEIGHTS = 1 << 27
 
@@ -63,9 +67,11 @@ class AutoConfig:
     """Options of ``auto``; ``target_error`` and ``cost`` exclude each other.
 
     Args:
-        target_error: relative L2 error of a layer's attention output, root mean square over layers, in (0, 1].
+        target_error: relative L2 error of a layer's attention output, root mean square over layers, in (0, 1]; a
+            number or a table over the run. Where the engine monitors errors, the budget of later plans follows what
+            earlier ones reached: plans age, and a choice made on few rows is a little too hopeful.
         cost: instead, mean cost of the sparse calls relative to dense attention, in (0, 1]: keys read exactly, pooled
-            keys and planning.
+            keys and planning; a number or a table over the run.
         candidates: names out of ``CANDIDATES``.
         rows: sampled queries that judge them; at least 1.
         seed: draws the rows, and whatever the candidates draw.
@@ -73,17 +79,17 @@ class AutoConfig:
 
     """
 
-    target_error: float | None = None
-    cost: float | None = None
+    target_error: Table | None = None
+    cost: Table | None = None
     candidates: tuple[str, ...] = ("semantic", "topk", "spatial_temporal")
     rows: int = 64
     seed: int = 0
     profile: str | Path | None = None
 
     def __post_init__(self) -> None:
-        require_budget(0.0, target_error=self.target_error, cost=self.cost)
-        if self.target_error is None and self.cost is None:
-            object.__setattr__(self, "target_error", 0.1)
+        require_one_of(target_error=self.target_error, cost=self.cost)
+        if not require_shares(target_error=self.target_error, cost=self.cost):
+            object.__setattr__(self, "target_error", 0.07)
         came = self.candidates
         names = (came,) if isinstance(came, str) else tuple(came) if isinstance(came, (tuple, list)) else ()
         if not names or any(name not in [*CANDIDATES] or names.count(name) > 1 for name in names):
@@ -171,8 +177,10 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: AutoConfig, memory
     elif call.layer not in layers:
         observe(q, k, v, call, config, memory)
     profile = layers[call.layer]
+    _aim(config, call, memory)
     if not len(profile.choice):
-        allocate(list(layers.values()), target=config.target_error, cost=config.cost)
+        aim: Aim = memory.shared["auto.aim"]
+        allocate(list(layers.values()), target=aim.target, cost=aim.cost)
     which, density = profile.chosen()
     parts = []
     for index, name in enumerate(profile.candidates):
@@ -187,6 +195,45 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: AutoConfig, memory
             wanted = density.flatten()[chosen].to(q.device, non_blocking=True)
             parts.append((heads, ranked.at(wanted[None])))
     return join_plans(parts, q.shape[0], q.shape[2])
+
+
+@dataclass
+class Aim:
+    """What all layers of a (model, branch) choose by, until the step of the next plans.
+
+    step: since when. wanted: the target error asked for. factor: ``[B]``, what it is multiplied by because of the
+    errors that were reached. cost: the budget where no error is asked for.
+    """
+
+    step: int
+    wanted: float | None
+    cost: float | None
+    factor: Tensor
+
+    @property
+    def target(self) -> Tensor | None:
+        """``[B]`` float32."""
+        return None if self.wanted is None else self.wanted * self.factor
+
+
+def _aim(config: AutoConfig, call: Call, memory: Memory) -> None:
+    """Set the aim of this step's plans; the first layer that plans does it for all."""
+    wanted = None if config.target_error is None else at_step(config.target_error, call)
+    cost = None if config.cost is None else at_step(config.cost, call)
+    last: Aim | None = memory.shared.get("auto.aim")
+    if last is not None and last.step == call.step:
+        return
+    factor = torch.ones(()) if last is None else last.factor
+    reached = memory.shared.pop("errors", {})
+    if last is not None and last.wanted is not None and reached:
+        error = torch.stack([value.read().float() for value in reached.values()]).square().mean(0).sqrt()
+        step = (last.wanted / error.clamp(min=1e-6)).clamp(*FOLLOW)
+        factor = (factor * step).clamp(*FACTORS)
+    aim = memory.shared["auto.aim"] = Aim(call.step, wanted, cost, factor)
+    if last is not None and (aim.wanted, aim.cost) == (last.wanted, last.cost) and torch.equal(aim.factor, last.factor):
+        return
+    for profile in _layers(memory).values():
+        profile.choice = profile.choice[:0]
 
 
 def _rank(name: str, qkv: tuple[Tensor, Tensor, Tensor], call: Call, config: AutoConfig, memory: Memory) -> Ranked:

@@ -87,10 +87,12 @@ class RowSample:
         return linear_attention(self.q.transpose(1, 2), self.k, self.v, rows, tail).transpose(1, 2)
 
 
-def output_error(
+def output_squares(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, *, scale: float, key_lengths: Tensor | None = None
-) -> Tensor:
-    """``[B, H]`` fp32: relative L2 error of an attention output on some of its rows.
+) -> tuple[Tensor, Tensor]:
+    """Squared L2 norms on some rows: of an attention output's error, and of dense attention; both ``[B, H]`` fp32.
+
+    The latter is at least the smallest normal number, so that it can divide.
 
     Args:
         out, q: ``[B, S, H, D]``; k, v: the keys and values.
@@ -104,7 +106,9 @@ def output_error(
         mask = (torch.arange(k.shape[1], device=k.device) < key_lengths[:, None])[:, None, None]
     chosen = q[:, rows].transpose(1, 2)
     exact = F.scaled_dot_product_attention(chosen, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale)
-    return relative_error(out[:, rows].transpose(1, 2).float(), exact.float())
+    difference = out[:, rows].transpose(1, 2).float() - exact.float()
+    norm = exact.float().square().sum((2, 3))
+    return difference.square().sum((2, 3)), norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
 
 def relative_error(approximate: Tensor, exact: Tensor) -> Tensor:
