@@ -14,6 +14,7 @@ from dsattn.methods.auto import CANDIDATES, AutoConfig
 from dsattn.methods.base import Memory
 from dsattn.methods.estimate import sample_rows
 from dsattn.mix import split_heads
+from dsattn.state import Arriving
 
 from .method_inputs import dense, tensors
 
@@ -203,6 +204,40 @@ def test_layers_learn_together_again_after_the_layout_changed():
     assert len(engine.state.shared) == 1
 
 
+def test_the_budget_follows_what_was_reached():
+    config, memory, target = AutoConfig(target_error=0.2), Memory(), 0.2
+
+    def reach(step: int, *layers: list[float]) -> list[float]:
+        memory.shared["errors"] = {i: Arriving(torch.tensor(x)) for i, x in enumerate(layers)}
+        auto._aim(config, Call(0, step, GRID), memory)
+        return memory.shared["auto.aim"].target.tolist()
+
+    auto._aim(config, Call(0, 0, GRID), memory)
+    assert float(memory.shared["auto.aim"].target) == pytest.approx(target)
+    # Root mean square over layers, every row by itself, one step at most 0.5 down and 1.25 up.
+    assert reach(1, [0.3, 0.2], [0.1, 0.2]) == pytest.approx([target * 0.2 / 0.05**0.5, target])
+    assert reach(1, [9.0, 9.0]) == pytest.approx([target * 0.2 / 0.05**0.5, target])  # once a step
+    assert reach(2, [9.0, 0.0]) == pytest.approx([0.5 * target * 0.2 / 0.05**0.5, 1.25 * target])
+    before = reach(3, [0.2, 0.2])
+    # What is no number says nothing; an infinite error says too much.
+    assert reach(4, [torch.nan, torch.inf]) == pytest.approx([before[0], before[1] / 2])
+    for step in range(5, 12):
+        bound = reach(step, [9.0, 1e-9])
+    assert bound == pytest.approx([0.2 * target, 1.25 * target])
+
+
+def test_budgets_may_be_tables_over_the_run():
+    engine = Engine("auto", cost="0:0.7,2:0.2", impl="torch", candidates="topk")
+    qkv = tensors(VideoGrid(6, 12, 14), heads=4)
+    choices = []
+    for step in range(4):
+        engine(*qkv, Call(0, step, VideoGrid(6, 12, 14)))
+        choices.append(layers_of(engine)[0].choice)
+    costs = [float(layers_of(engine)[0].cost.flatten(0, 1).gather(0, c[None]).mean()) for c in choices]
+    assert torch.equal(choices[0], choices[1]) and torch.equal(choices[2], choices[3])
+    assert costs[2] <= 0.2 < costs[0] <= 0.7
+
+
 # -- memory and chunks ----------------------------------------------------------------------------------------
 
 
@@ -303,7 +338,9 @@ def test_a_layer_without_output_disturbs_no_other():
 
 
 def test_a_profile_gives_the_choices_it_was_saved_with(tmp_path, monkeypatch):
-    engine = Engine("auto", target_error=0.3, dense_steps=1, impl="torch")
+    # Without monitoring, or budgets would follow the errors of either run.
+    options = {"target_error": 0.3, "dense_steps": 1, "impl": "torch", "monitor": 0}
+    engine = Engine("auto", **options)
     qkv = [tensors(GRID, heads=3, seed=layer) for layer in range(2)]
     for step in range(2):
         for layer in range(2):
@@ -311,7 +348,7 @@ def test_a_profile_gives_the_choices_it_was_saved_with(tmp_path, monkeypatch):
     layers = {("transformer", "cond", layer): x for layer, x in layers_of(engine).items()}
     HeadProfile(layers, GRID, 4).save(tmp_path / "p.json")
     monkeypatch.setattr(auto, "trace", None)
-    later = Engine("auto", target_error=0.3, profile=tmp_path / "p.json", dense_steps=1, impl="torch")
+    later = Engine("auto", profile=tmp_path / "p.json", **options)
     for step in range(3):
         for layer in range(2):
             out = later(*qkv[layer], Call(layer, step, GRID, num_steps=4))
@@ -343,7 +380,8 @@ def test_a_profile_gives_the_choices_it_was_saved_with(tmp_path, monkeypatch):
         ({"target_error": 0.1, "cost": 0.1}, "give only one of target_error, cost"),
         ({"target_error": 0}, "target_error must be above 0"),
         ({"cost": 1.5}, r"cost must be a number in \[0, 1\], got 1.5"),
-        ({"target_error": "0:0.1"}, "target_error must be a number"),
+        ({"target_error": "0.1"}, "target_error must be a number or a table .*no start:value pair"),
+        ({"cost": "0:0.5,3:0"}, "cost must be above 0"),
         ({"rows": 0}, "rows must be an integer"),
         ({"seed": 0.5}, "seed must be an integer"),
         ({"profile": 3}, "profile must be a text, got 3"),
@@ -358,7 +396,7 @@ def test_wrong_options_are_named(options, message):
 def test_configs_are_values(tmp_path):
     one, two = AutoConfig(candidates=["topk", "radial"]), AutoConfig(candidates=("topk", "radial"))
     assert one == two and hash(one) == hash(two) and one != AutoConfig()
-    assert AutoConfig().target_error == 0.1 and AutoConfig(cost=0.2).target_error is None
+    assert AutoConfig().target_error == 0.07 and AutoConfig(cost=0.2).target_error is None
     assert AutoConfig(profile=tmp_path / "p.json") == AutoConfig(profile=str(tmp_path / "p.json"))
     assert hash(AutoConfig(profile=tmp_path / "p.json")) is not None
     engine = Engine("auto", candidates=["topk", "radial"], profile=tmp_path / "p.json")
