@@ -5,6 +5,7 @@ import torch
 
 import dsattn
 from dsattn.grid import Call, VideoGrid
+from dsattn.methods import scores
 
 GRID = VideoGrid(5, 9, 11, text=19)
 
@@ -133,3 +134,24 @@ def test_subblock_scores_see_a_needle_that_the_mean_hides():
         for scorer in ("mean", "subblock")
     }
     assert kept == {"mean": False, "subblock": True}
+
+
+@pytest.mark.parametrize("grid", [GRID, VideoGrid(4, 9, 11, text=70, text_first=True), VideoGrid(1, 1, 3)])
+def test_subblock_scores_sum_all_pairs_of_quarters_whatever_fits_at_a_time(grid, monkeypatch):
+    q, k, _ = tensors(grid, batch=2)
+    order = torch.randperm(grid.tokens, generator=torch.Generator().manual_seed(1))
+    found = []
+    for pairs in (scores.CELL_PAIRS, 2000, 1):
+        monkeypatch.setattr(scores, "CELL_PAIRS", pairs)
+        found.append(scores.subblock_scores(q, k, 32, 16, order))
+    assert torch.equal(found[1], found[2])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+    q, k = (x[:, order].double().transpose(1, 2) for x in (q, k))
+    for i in range(found[0].shape[2]):
+        for j in range(found[0].shape[3]):
+            total = torch.zeros(2, 2, dtype=torch.float64)
+            for a in q[:, :, i * 32 : (i + 1) * 32].split(8, 2):
+                for b in k[:, :, j * 16 : (j + 1) * 16].split(4, 2):
+                    logit = (a.mean(2) * b.mean(2)).sum(-1) * q.shape[-1] ** -0.5
+                    total += a.shape[2] * b.shape[2] * logit.exp()
+            torch.testing.assert_close(found[0][:, :, i, j].double(), total.log(), rtol=1e-5, atol=1e-5)

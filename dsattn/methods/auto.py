@@ -227,7 +227,8 @@ def _aim(config: AutoConfig, call: Call, memory: Memory) -> None:
     reached = memory.shared.pop("errors", {})
     if last is not None and last.wanted is not None and reached:
         error = torch.stack([value.read().float() for value in reached.values()]).square().mean(0).sqrt()
-        step = (last.wanted / error.clamp(min=1e-6)).clamp(*FOLLOW)
+        # An error that is no number says nothing; as a factor it would stay for the rest of the run.
+        step = (last.wanted / error.clamp(min=1e-6)).clamp(*FOLLOW).nan_to_num(nan=1.0)
         factor = (factor * step).clamp(*FACTORS)
     aim = memory.shared["auto.aim"] = Aim(call.step, wanted, cost, factor)
     if last is not None and (aim.wanted, aim.cost) == (last.wanted, last.cost) and torch.equal(aim.factor, last.factor):

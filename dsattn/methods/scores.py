@@ -12,6 +12,8 @@ from dsattn.grid import Call
 
 # Sub-blocks along each side of a block.
 CELLS = 4
+# Pairs of sub-blocks whose scores are held at a time: 75,600 tokens and 40 heads have 9e8 of them.
+CELL_PAIRS = 1 << 27
 
 
 def mean_pool(x: Tensor, block: int, order: Tensor | None = None) -> Tensor:
@@ -63,13 +65,23 @@ def subblock_scores(q: Tensor, k: Tensor, block_q: int, block_k: int, order: Ten
 
     Source: SubBlock (NVIDIA), log-sum-exp over sub-blocks. Same arguments and result as ``mean_scores``.
     """
-    cells = mean_scores(q, k, block_q // CELLS, block_k // CELLS, order)
-    cells = cells + block_sizes(q.shape[1], block_q // CELLS, q.device).log()[:, None]
-    # Cells behind the end of a partial last block hold nothing.
     rows, columns = (-(-x.shape[1] // block) for x, block in ((q, block_q), (k, block_k)))
-    pad = (0, columns * CELLS - cells.shape[-1], 0, rows * CELLS - cells.shape[-2])
-    cells = torch.nn.functional.pad(cells, pad, value=-torch.inf)
-    return cells.view(*cells.shape[:2], rows, CELLS, columns, CELLS).logsumexp((3, 5))
+    q_cells, q_log = _cells(q, block_q // CELLS, rows * CELLS, order)
+    k_cells, k_log = _cells(k, block_k // CELLS, columns * CELLS, order)
+    k_cells = k_cells.mT * q.shape[-1] ** -0.5
+    step = max(1, CELL_PAIRS // (q.shape[0] * q.shape[2] * columns * CELLS**2)) * CELLS
+    parts = []
+    for q_part, log_part in zip(torch.split(q_cells, step, 2), torch.split(q_log, step), strict=True):
+        cells = (q_part @ k_cells).add_(k_log).add_(log_part[:, None])
+        parts.append(cells.unflatten(3, (columns, CELLS)).unflatten(2, (-1, CELLS)).logsumexp((3, 5)))
+    return torch.cat(parts, 2)
+
+
+def _cells(x: Tensor, cell: int, count: int, order: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Means ``[B, H, count, D]`` of sub-blocks and logs of their sizes ``[count]``, -inf behind the last token."""
+    means, sizes = mean_pool(x, cell, order), block_sizes(x.shape[1], cell, x.device)
+    missing = count - len(sizes)
+    return torch.nn.functional.pad(means, (0, 0, 0, missing)), torch.nn.functional.pad(sizes, (0, missing)).log()
 
 
 def routing_noise(
