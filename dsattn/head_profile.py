@@ -22,7 +22,7 @@ from dsattn.grid import Call, VideoGrid
 
 SCHEMA = "dsattn.profile/1"
 # Densities that curves are measured at, a factor of about 1.4 apart; the last one is dense attention.
-DENSITIES = (0.01, 0.014, 0.02, 0.028, 0.04, 0.055, 0.075, 0.1, 0.14, 0.2, 0.28, 0.4, 1.0)
+DENSITIES = (0.01, 0.015, 0.022, 0.032, 0.045, 0.065, 0.09, 0.13, 0.19, 0.28, 0.4, 0.6, 1.0)
 _CURVES = ("error", "recall", "density", "cost", "weight")
 
 

@@ -55,7 +55,7 @@ class Entry:
 
     step: when the plan was made, or when the memory was last written where there is no plan yet.
     first_error: ``[B]`` estimated error of the plan's first use, where it was estimated.
-    growth: ``[]`` factor by which the error of the last use is larger, mean over the batch.
+    growth: ``[]`` factor by which the mean error of the last use is larger.
     """
 
     layout: Layout
@@ -70,7 +70,9 @@ class Entry:
         if first:
             self.first_error, self.growth = error, None
         elif self.first_error is not None:
-            self.growth = Arriving((error / self.first_error).mean())
+            # Of means, so that a row without output cannot make it 0 / 0.
+            first_error = self.first_error.mean()
+            self.growth = Arriving(error.mean() / first_error.clamp(min=torch.finfo(error.dtype).tiny))
 
     def drifted(self, limit: float | None) -> bool:
         """Whether the error has grown by more than a factor."""
