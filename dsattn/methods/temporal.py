@@ -219,6 +219,7 @@ def _forget_moved_blocks(plan: BlockPlan, memory: Memory) -> None:
 def _must_keep(plan: BlockPlan, grid: VideoGrid) -> tuple[Tensor, Tensor]:
     """Bits of the tiles that hold text or prefix tokens as queries ``[b, h, Nq, 1]`` and as keys ``[b, h, 1, W]``."""
     marks = []
+    plan = replace(plan)  # the block of every token, which this one works out, is not kept with the plan
     for owner, blocks in ((plan.q_block_of_token, plan.num_q_blocks), (plan.k_block_of_token, plan.num_k_blocks)):
         mark = torch.zeros(*owner.shape[:2], blocks, dtype=torch.bool, device=plan.device)
         for start, stop in grid.exact_segments:
