@@ -12,6 +12,9 @@ from dsattn.block_plan import BlockPlan
 from dsattn.grid import Call, VideoGrid
 from dsattn.methods.base import Memory
 
+# Relative error of attention in fp32 arithmetic, from the rounding of logits.
+FP32_ERROR = 1e-6
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -54,7 +57,7 @@ class Entry:
     """What is kept of one (model, layer, branch): the layout it fits, the method's memory, and the cached plan, if any.
 
     step: when the plan was made, or when the memory was last written where there is no plan yet.
-    first_error: ``[B]`` estimated error of the plan's first use, where it was estimated.
+    first_error: ``[B]`` estimated error of the plan's first use, at least that of rounding, where it was estimated.
     growth: ``[]`` factor by which the mean error of the last use is larger.
     """
 
@@ -66,13 +69,12 @@ class Entry:
     growth: Arriving | None = None
 
     def note_error(self, error: Tensor, first: bool) -> None:
-        """Take in the estimated error ``[B]`` of a use of the plan."""
+        """Take in the estimated error ``[B]`` of a use of the plan; rounding alone is no growth."""
         if first:
-            self.first_error, self.growth = error, None
+            rounding = max(torch.finfo(self.layout.dtype).eps, FP32_ERROR)
+            self.first_error, self.growth = error.clamp(min=rounding), None
         elif self.first_error is not None:
-            # Of means, so that a row without output cannot make it 0 / 0.
-            first_error = self.first_error.mean()
-            self.growth = Arriving(error.mean() / first_error.clamp(min=torch.finfo(error.dtype).tiny))
+            self.growth = Arriving(error.mean() / self.first_error.mean())
 
     def drifted(self, limit: float | None) -> bool:
         """Whether the error has grown by more than a factor."""
