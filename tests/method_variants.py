@@ -61,7 +61,7 @@ def _temporal(
 ) -> Variant:
     own = {"block_q": 32, "block_k": 16} if base == "dense" else {"base": base, "base_options": options or {}}
     if "target_error" not in more:
-        more["threshold"] = threshold
+        more["threshold"] = -3.0
     all_of_base = {"dense": {}, "topk": {"density": 1.0}, "semantic": {"density": 1.0}, "sol": {"density": 1.0}}
     everything = None
     if base in all_of_base and "target_error" not in more:
