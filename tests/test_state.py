@@ -41,9 +41,7 @@ def test_what_the_last_dense_step_showed_makes_the_first_plan():
     assert sorted(measured) == [0, 2] and {profile.step for profile in measured.values()} == {1}
     for layer, profile in measured.items():
         memory = Memory()
-        auto.observe(
-            *local(GRID, seed=10 * layer + 1), call(1, layer=layer), engine.method_config, memory
-        )
+        auto.observe(*local(GRID, seed=10 * layer + 1), call(1, layer=layer), engine.method_config, memory)
         assert torch.equal(profile.error, memory.shared["auto"][layer].error)
 
 
