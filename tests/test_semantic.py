@@ -154,6 +154,18 @@ def test_equal_tokens_fall_into_one_cluster():
     torch.testing.assert_close(dsattn.attend(q, k, v, made), dense((q, k, v)))
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_rows_read_a_key_where_pooling_costs_nothing(noise):
+    """All keys fall into one remembered cluster, others are empty: it is read, whatever its index."""
+    grid = VideoGrid(3, 8, 9)
+    q, k, v = tensors(grid)
+    engine = dsattn.Engine("semantic", density=0.05, routing_noise=noise, impl="torch")
+    for step in range(2):
+        engine(q, k * (step == 0), v, Call(0, step, grid))
+    made = engine.state.entries["transformer", 0, "cond"].plan.validate()
+    assert bool((made.k_sizes.argmax(-1) > 0).all())
+
+
 def error(qkv, made: dsattn.BlockPlan) -> float:
     exact = dense(qkv)
     return ((dsattn.attend(*qkv, made) - exact).norm() / exact.norm()).item()

@@ -146,7 +146,10 @@ def rank(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, me
     score, mass = _scores(q_side, k_side, k_video, v_video, config.routing or "mass")
     if config.routing_noise:
         shape = (heads, score.shape[2], score.shape[3])
-        score = score.log() + routing_noise(config.routing_noise, shape, call, config.seed, q.device)
+        noise = routing_noise(config.routing_noise, shape, call, config.seed, q.device)
+        score = score.clamp(min=torch.finfo(score.dtype).tiny).log() + noise
+    # Where pooling costs nothing all scores are 0: the best cluster, which is always read, must hold a key.
+    score = score.masked_fill(k_side.sizes[:, :, None] == 0, -torch.inf)
     # Counted in keys, which fp32 adds up without rounding. Text and prefix use up budget; they are blocks of their own
     # behind the clusters, read by every row and column.
     keys = share_by_rank(score, k_side.sizes[:, :, None])
