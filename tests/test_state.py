@@ -57,7 +57,7 @@ def test_a_layout_that_changes_after_the_last_dense_step_is_measured_again():
 
 
 def scene(step: int, number: int) -> list[Tensor]:
-    """Queries of every 16 tokens look at 16 others, in every scene at different ones; noise differs from step to step."""
+    """Queries of every 16 tokens look at 16 others, in every scene at different ones; steps differ in noise."""
     generator = torch.Generator().manual_seed(step)
     codes = torch.randn(26, 2, 32, generator=torch.Generator().manual_seed(99))
     block = torch.arange(GRID.tokens) // 16
