@@ -43,6 +43,11 @@ def variant(request, weights) -> Variant:
     return request.param.with_weights(weights)
 
 
+def only(choose) -> pytest.MarkDecorator:
+    """Runs a test for some of the variants."""
+    return pytest.mark.parametrize("variant", list(filter(choose, VARIANTS)), ids=str, indirect=True)
+
+
 @pytest.fixture
 def plans(monkeypatch) -> list[BlockPlan]:
     """The plans that engines attend with, in the order of the calls."""
@@ -78,11 +83,10 @@ def row(qkv: list[Tensor], b: int) -> list[Tensor]:
 # -- meaning ------------------------------------------------------------------------------------------------
 
 
+@only(lambda variant: variant.method != "dense")  # engines run that without a plan
 @pytest.mark.parametrize("grid", [*GRIDS[1:], VideoGrid(1, 13, 5)], ids=str)
 def test_outputs_are_what_valid_plans_mean(variant, grid, plans):
     """With text in front and behind, a prefix, padded text; the exact segments stay so as rows and columns."""
-    if variant.method == "dense":
-        pytest.skip("engines run dense attention without a plan")
     engine = variant.engine(refresh=2)
     for step in range(2):
         qkv, lengths = inputs(step, grid, batch=1 + (grid == GRIDS[1])), None
@@ -100,9 +104,8 @@ def test_outputs_are_what_valid_plans_mean(variant, grid, plans):
             assert bool(pairs[:, :, start:stop].all()) and bool(pairs[..., start:stop].all())
 
 
+@only(lambda variant: variant.everything is not None)
 def test_everything_kept_is_dense_attention(variant):
-    if variant.everything is None:
-        pytest.skip("no setting keeps everything")
     for grid in (GRID, GRIDS[4]):
         engine = variant.engine(**variant.everything)
         for step in range(2):
@@ -142,9 +145,8 @@ def test_planning_two_batch_rows_is_planning_each(variant):
         assert torch.equal(plan_of(variant, row(qkv, b), call(1)).to_dense(), both[b : b + 1])
 
 
+@only(lambda variant: not variant.noisy)  # noise is drawn by the number of the head
 def test_heads_in_another_order_give_the_same_in_that_order(variant):
-    if variant.noisy:
-        pytest.skip("noise is drawn by the number of the head")
     one, other = variant.engine(refresh=2), variant.engine(refresh=2)
     for step in range(STEPS):
         qkv = inputs(step)
@@ -153,9 +155,8 @@ def test_heads_in_another_order_give_the_same_in_that_order(variant):
         assert error <= allowed(*qkv), f"step {step}"
 
 
+@only(lambda variant: not variant.joint)
 def test_heads_do_not_see_each_other(variant):
-    if variant.joint:
-        pytest.skip("heads share one budget")
     one, other = variant.engine(refresh=2), variant.engine(refresh=2)
     for step in range(STEPS):
         qkv, changed = inputs(step), inputs(step, seed=5)
@@ -163,6 +164,15 @@ def test_heads_do_not_see_each_other(variant):
         a, b = one(*qkv, call(step)), other(*mixed, call(step))
         assert float((a - b)[:, :, 0].abs().max()) <= allowed(*qkv), f"step {step}"
         assert not torch.allclose(a[:, :, 1], b[:, :, 1])
+
+
+@only(lambda variant: not variant.joint)
+def test_a_process_with_some_of_the_heads_does_what_one_with_all_does(variant):
+    whole, shard = variant.engine(refresh=2), variant.engine(refresh=2)
+    for step in range(STEPS):
+        qkv = inputs(step)
+        out = shard(*(x[:, :, 1:] for x in qkv), call(step, first_head=1))
+        assert float((out - whole(*qkv, call(step))[:, :, 1:]).abs().max()) <= allowed(*qkv), f"step {step}"
 
 
 # -- state --------------------------------------------------------------------------------------------------
@@ -214,9 +224,9 @@ def test_a_run_that_broke_off_leaves_nothing_to_the_next(variant, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@only(lambda variant: variant.method in ("semantic", "temporal", "auto"))
 def test_another_device_is_a_fresh_start(variant):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     engine, fresh = variant.engine(refresh=9), variant.engine(refresh=9)
     run(engine, range(2))
     for step in range(2, 4):
@@ -313,10 +323,9 @@ def test_planning_holds_nothing_of_the_size_of_all_pairs(variant, monkeypatch):
     assert 0 < seen.elements <= limit, f"{seen.where} made {seen.elements} elements, {limit} are allowed"
 
 
+@only(lambda variant: variant.method != "dense")
 def test_what_is_kept_between_steps_is_bounded(variant):
     """Lists, one bit per tile, orders and centroids: not the tokens, which would be 4 D bytes each."""
-    if variant.method == "dense":
-        pytest.skip("keeps nothing")
     engine = variant.engine(refresh=2)
     for step in range(2):
         engine(*inputs(step, LARGE), call(step, LARGE))
