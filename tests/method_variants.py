@@ -18,8 +18,9 @@ class Variant:
     """A method with options.
 
     everything: options to replace with, so that all pairs are kept (None: the method has no such setting).
-    noisy: heads are told apart by more than their values. joint: heads share one budget. half: what the selection of
-    half-precision inputs differs in from that of their values in fp32 (None: nothing).
+    noisy: heads are told apart by more than their values. joint: heads share one budget. watched: plans are made at
+    every step, and follow the errors that the last ones reached. half: what the selection of half-precision inputs
+    differs in from that of their values in fp32 (None: nothing).
     """
 
     method: str
@@ -27,6 +28,7 @@ class Variant:
     everything: dict[str, Any] | None = None
     noisy: bool = False
     joint: bool = False
+    watched: bool = False
     half: str | None = None
 
     def __str__(self) -> str:
@@ -40,6 +42,8 @@ class Variant:
         return replace(self, options=fill(self.options))
 
     def engine(self, **options: Any) -> Engine:
+        if self.watched:
+            options = {**options, "refresh": 1, "monitor": 16, "drift": 1.2}
         return Engine(self.method, **{"impl": "torch", "monitor": 0, **self.options, **options})
 
 
@@ -70,9 +74,10 @@ def _temporal(
     return Variant("temporal", {**own, **more}, everything, joint=base == "auto", half=half)
 
 
-def _auto(**options: Any) -> Variant:
+def _auto(watched: bool = False, **options: Any) -> Variant:
     half = "features" if "semantic" in options.get("candidates", ("semantic",)) else None
-    return Variant("auto", options, {"target_error": 1e-6, "cost": None}, joint=True, half=half)
+    half = "errors reached" if watched else half
+    return Variant("auto", options, {"target_error": 1e-6, "cost": None}, joint=True, watched=watched, half=half)
 
 
 VARIANTS = [
@@ -116,6 +121,7 @@ VARIANTS = [
     _auto(cost=0.3, candidates=("radial", "spatial_temporal", "topk", "semantic")),
     _auto(target_error=0.2, candidates=("radial", "spatial_temporal")),
     _auto(cost=0.2, candidates="semantic"),
+    _auto(watched=True, target_error=0.1, candidates=("topk", "spatial_temporal")),
 ]
 
 

@@ -37,7 +37,7 @@ def test_what_the_last_dense_step_showed_makes_the_first_plan():
             engine(*local(GRID, seed=10 * layer + step), call(step, layer=layer))
     assert kinds(engine, layer=0) == ["dense", "dense", "no plan yet", "reuse", "refresh"]
     assert kinds(engine, layer=1) == ["dense"] * 5
-    measured = engine.state.shared["transformer", "cond"]["auto"]
+    measured = engine.state.entries["transformer", 0, "cond"].memory.shared["auto"]
     assert sorted(measured) == [0, 2] and {profile.step for profile in measured.values()} == {1}
     for layer, profile in measured.items():
         memory = Memory()
@@ -49,7 +49,7 @@ def test_a_layout_that_changes_after_the_last_dense_step_is_measured_again():
     engine = Engine("auto", dense_steps=1, impl="torch", candidates="radial")
     engine(*local(GRID), call(0))
     engine(*(torch.cat([x, x]) for x in local(GRID)), call(1))
-    (profile,) = engine.state.shared["transformer", "cond"]["auto"].values()
+    (profile,) = engine.state.entries["transformer", 0, "cond"].memory.shared["auto"].values()
     assert profile.step == 1 and profile.weight.shape[0] == 2
 
 
