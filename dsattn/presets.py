@@ -8,9 +8,9 @@ from dsattn.config import require_choice
 
 # Relative L2 error of a layer's attention output that `auto` may make, and the steps a plan serves.
 _BUDGETS: dict[str, dict[str, Any]] = {
-    "safe": {"target_error": 0.05, "refresh": 2},
-    "balanced": {"target_error": 0.10, "refresh": 4},
-    "fast": {"target_error": 0.18, "refresh": 6},
+    "safe": {"target_error": 0.04, "refresh": 2},
+    "balanced": {"target_error": 0.06, "refresh": 4},
+    "fast": {"target_error": 0.10, "refresh": 6},
 }
 PRESETS = tuple(_BUDGETS)
 

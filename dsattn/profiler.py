@@ -63,7 +63,8 @@ def trace(sample: RowSample, ranked: Ranked) -> Curve:
     top, bottom = torch.zeros_like(sample.exact), torch.zeros_like(peak)
     errors, recalls = [], []
     tiny = torch.finfo(bottom.dtype).tiny
-    for place in range(len(DENSITIES)):
+    # The last density reads everything.
+    for place in range(len(DENSITIES) - 1):
         added = weights * (key_level == place)
         top = top + added @ values
         bottom = bottom + added.sum(-1, keepdim=True)
@@ -74,8 +75,8 @@ def trace(sample: RowSample, ranked: Ranked) -> Curve:
         errors.append(relative_error(numerator / denominator.clamp(min=tiny), sample.exact))
         recalls.append((bottom / whole).mean((2, 3)))
     return Curve(
-        torch.stack(errors),
-        torch.stack(recalls),
+        torch.stack([*errors, torch.zeros_like(errors[0])]),
+        torch.stack([*recalls, torch.ones_like(recalls[0])]),
         _densities(ranked, plan, ladder),
         blocks / plan.k_len if tail is not None else 0.0,
     )

@@ -50,7 +50,7 @@ class Candidate:
 
 
 CANDIDATES: dict[str, Candidate] = {
-    "semantic": Candidate(semantic.rank, SemanticConfig(tail="pooled"), 0.01),
+    "semantic": Candidate(semantic.rank, SemanticConfig(tail="pooled"), 0.03),
     "topk": Candidate(topk.rank, TopkConfig(order="hilbert", scorer="subblock", tail="pooled"), 0.003),
     "spatial_temporal": Candidate(spatial_temporal.rank, SpatialTemporalConfig(tail="pooled"), 0.003),
     "radial": Candidate(radial.rank, RadialConfig(tail="pooled"), 0.0),
@@ -89,7 +89,7 @@ class AutoConfig:
     def __post_init__(self) -> None:
         require_one_of(target_error=self.target_error, cost=self.cost)
         if not require_shares(target_error=self.target_error, cost=self.cost):
-            object.__setattr__(self, "target_error", 0.07)
+            object.__setattr__(self, "target_error", 0.06)
         came = self.candidates
         names = (came,) if isinstance(came, str) else tuple(came) if isinstance(came, (tuple, list)) else ()
         if not names or any(name not in [*CANDIDATES] or names.count(name) > 1 for name in names):

@@ -34,6 +34,9 @@ TILE = 64
 # The first iterations see one token in so many.
 FIRST_SHARE = 4
 # Automatic cluster counts: tokens per cluster, and the most clusters (SVG2's for 75,600 tokens).
+# Estimating errors reads all keys once per query cluster: for fewer tokens per cluster, more keys are the better buy
+# (benchmarks/results/cpu/frontier.md).
+ERROR_TOKENS = 100
 Q_TOKENS, Q_MOST = 30, 300
 K_TOKENS, K_MOST = 36, 1000
 
@@ -50,7 +53,7 @@ class SemanticConfig:
 
     Args:
         density: share of the keys that every query cluster reads exactly, in (0, 1], text and prefix included;
-            0.065 if no budget is given.
+            0.055 if no budget is given.
         top_p: keep the best key clusters until their share of the estimated softmax mass reaches ``top_p``, in
             (0, 1]; the cluster that crosses the mark is kept.
         target_error: keep as little, head by head, as brings the relative L2 error of the output down to this, in
@@ -66,8 +69,8 @@ class SemanticConfig:
         values: how much values count beside keys when these are clustered, at least 0; at 1 both weigh the same.
         routing: key clusters are read in the order of their estimated softmax ``"mass"`` per key, or of the squared
             error per key that pooling them would cause, in the weights (``"weight_error"``) or in the output
-            (``"output_error"``); the last two need ``tail="pooled"``. None is ``"weight_error"`` with that tail and
-            ``"mass"`` without.
+            (``"output_error"``); the last two need ``tail="pooled"``. None is ``"weight_error"`` with that tail where
+            there are ``ERROR_TOKENS`` tokens per query cluster, elsewhere ``"mass"``.
         seed: draws the tokens that are the first centroids, the sampled queries and the noise.
         routing_noise: standard deviation of a Gaussian that is added to the logarithm of what clusters are ordered by,
             new at every plan, so that no cluster is passed over at every step (PASA); 0 is none.
@@ -93,7 +96,7 @@ class SemanticConfig:
         require_one_of(density=self.density, target_error=self.target_error)
         require_one_of(top_p=self.top_p, target_error=self.target_error)
         if not require_shares(density=self.density, top_p=self.top_p, target_error=self.target_error):
-            object.__setattr__(self, "density", 0.065)
+            object.__setattr__(self, "density", 0.055)
         require("rows", self.rows, int, low=1)
         require("q_clusters", self.q_clusters, int, low=0)
         require("k_clusters", self.k_clusters, int, low=0)
@@ -102,10 +105,9 @@ class SemanticConfig:
         require_choice("tail", self.tail, TAILS)
         require_choice("metric", self.metric, METRICS)
         require("values", self.values, (int, float), low=0)
-        if self.routing is None:
-            object.__setattr__(self, "routing", "weight_error" if self.tail == "pooled" else "mass")
-        require_choice("routing", self.routing, ROUTINGS)
-        if self.routing != "mass" and self.tail != "pooled":
+        if self.routing is not None:
+            require_choice("routing", self.routing, ROUTINGS)
+        if self.routing not in (None, "mass") and self.tail != "pooled":
             raise UsageError(
                 f"routing={self.routing!r} is about the error of pooled clusters and needs tail='pooled', "
                 f"got tail={self.tail!r}; use routing='mass'"
@@ -143,7 +145,7 @@ def rank(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, me
     k_side = _cluster(tokens, space, config.k_clusters, (K_TOKENS, K_MOST), config, memory, "k_centroids")
     q_order, q_starts, exact = _lay_out(q_side, grid)
     k_order, k_starts, _ = _lay_out(k_side, grid)
-    score, mass = _scores(q_side, k_side, k_video, v_video, config.routing or "mass")
+    score, mass = _scores(q_side, k_side, k_video, v_video, _routing(config, q_side))
     if config.routing_noise:
         shape = (heads, score.shape[2], score.shape[3])
         noise = routing_noise(config.routing_noise, shape, call, config.seed, q.device)
@@ -207,6 +209,13 @@ def _cluster(
         clusters = replace(clusters, centroids=clusters.means(x, empty=remembered))
     memory[name] = clusters.centroids
     return clusters
+
+
+def _routing(config: SemanticConfig, q_side: Clusters) -> Routing:
+    if config.routing is not None:
+        return config.routing
+    pays = q_side.labels.shape[-1] >= ERROR_TOKENS * q_side.sizes.shape[-1]
+    return "weight_error" if config.tail == "pooled" and pays else "mass"
 
 
 def _scores(q_side: Clusters, k_side: Clusters, k: Tensor, v: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
