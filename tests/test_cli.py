@@ -200,7 +200,7 @@ def test_presets_and_what_goes_before_them(capsys):
     small = [*SMALL, "--impl", "torch", "-O", "rows=8", "--json"]
     assert run(["generate", *small, "--preset", "safe"]) == 0
     config = json.loads(capsys.readouterr().out)["config"]
-    assert (config["method"], config["target_error"], config["refresh"]) == ("auto", 0.05, 2)
+    assert (config["method"], config["target_error"], config["refresh"]) == ("auto", 0.04, 2)
     assert config["dense_steps"] == 0.25 and config["dense_layers"] == []
     flags = ["--refresh", "3", "--dense-steps", "1", "-O", "cost=0.5"]
     assert run(["generate", *small, "--preset", "fast", *flags]) == 0

@@ -21,7 +21,7 @@ def test_every_preset_is_a_valid_config_and_they_are_in_order(family: str | None
     for lower, higher in zip(found[1:], found[:-1], strict=True):
         assert lower["target_error"] > higher["target_error"] and lower["refresh"] > higher["refresh"]
         assert lower["dense_steps"] < higher["dense_steps"], "less error: more dense steps"
-    assert found[1]["target_error"] == 0.1
+    assert found[1]["target_error"] == 0.06
 
 
 def test_families_are_those_that_exist() -> None:
@@ -39,7 +39,7 @@ def test_unknown_presets_name_the_known_ones() -> None:
 
 def test_what_is_given_goes_before_the_preset() -> None:
     values = over_preset(preset("fast"), {"refresh": 1, "impl": "torch"})
-    assert values["refresh"] == 1 and values["impl"] == "torch" and values["target_error"] == 0.18
+    assert values["refresh"] == 1 and values["impl"] == "torch" and values["target_error"] == 0.1
     assert "target_error" not in over_preset(preset("fast"), {"cost": 0.2})
 
 
@@ -49,7 +49,7 @@ def test_enable_takes_a_preset() -> None:
         config = handle.engine.config
         assert (config.method, config.refresh, config.dense_layers) == ("auto", 1, (0,))
         assert config.dense_steps == preset("safe", "Wan")["dense_steps"]
-        assert handle.engine.method_config.target_error == 0.05
+        assert handle.engine.method_config.target_error == 0.04
         tiny.run(pipe, args)
         assert handle.summary()["calls"]["refresh"] > 0
     with dsattn.enabled(pipe, "auto", preset="fast", cost=0.3) as handle:
@@ -60,4 +60,4 @@ def test_enable_takes_a_preset() -> None:
         dsattn.enable(pipe, "topk", preset="fast")
     assert repr(dsattn.SparseAttnProcessor(preset="fast")) == "SparseAttnProcessor(preset='fast')"
     pipe.set_attn_processor(dsattn.SparseAttnProcessor(preset="fast"))
-    assert dsattn.summary(pipe)["config"]["target_error"] == 0.18
+    assert dsattn.summary(pipe)["config"]["target_error"] == 0.1
