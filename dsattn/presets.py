@@ -16,12 +16,11 @@ PRESETS = tuple(_BUDGETS)
 
 SHIPPED = "shipped"
 # By model family: first steps that stay dense (share of the run) in `safe`, `balanced` and `fast`, and first layers
-# that stay dense. Measured on the shipped model alone (one prompt, 256 x 256, 17 frames, 20 steps, against dense):
-# safe 29.7 dB PSNR at density 0.113 of the sparse calls, estimated error 6 %; balanced 22.3 dB at 0.035, 16 %; fast
-# 17.5 dB at 0.018, 27 %. Reused plans age, so errors in use exceed the target. The other families' figures are not
-# measured here: `balanced` is what the field's published runs of that model used, `safe` and `fast` stand around it:
-# Wan 20 to 30 % and one layer, HunyuanVideo 10 % and one, CogVideoX 20 % and two (SVG 2502.01776, SVG2 2505.18875),
-# Mochi 12 of 50 steps (Radial 2506.19852); the rest are guesses by likeness.
+# that stay dense. Measured on the shipped model alone, and there `balanced` alone (one prompt, 256 x 256, 33 frames, 20
+# steps, against dense: benchmarks/results/cpu/compare_auto_balanced_gradient_20_steps.json). The other families'
+# figures are not measured here: `balanced` is what the field's published runs of that model used, `safe` and `fast`
+# stand around it: Wan 20 to 30 % and one layer, HunyuanVideo 10 % and one, CogVideoX 20 % and two (SVG 2502.01776, SVG2
+# 2505.18875), Mochi 12 of 50 steps (Radial 2506.19852); the rest are guesses by likeness.
 _SCHEDULES: dict[str, tuple[tuple[float, float, float], int]] = {
     SHIPPED: ((0.25, 0.17, 0.1), 0),
     "Wan": ((0.3, 0.2, 0.12), 1),

@@ -286,28 +286,56 @@ def first_step(items: list[Captured]) -> list[Captured]:
     return [item for item in items if (item.prompt, item.call.step) == (items[0].prompt, items[0].call.step)]
 
 
+@app.command()
+def render(
+    points: Path = typer.Option(..., "--json", help="What 'measure' wrote."),
+    markdown: Path = typer.Option(..., help="Write the tables here."),
+    plot: Path = typer.Option(..., help="Write the picture (PNG) here."),
+) -> None:
+    """Tables and picture from measured points."""
+    results = json.loads(points.read_text())["points"]
+    markdown.write_text(tables(results))
+    draw(results, plot)
+
+
 def tables(results: list[dict[str, Any]]) -> str:
-    """Two markdown tables: every point, and the errors at equal cost with how ``auto`` compares."""
+    """Markdown: every point, and the errors at equal cost, with and without planning, and how ``auto`` compares."""
     names = ("density", "tail_keys", "planning", "cost", "error", "error_of_heads", "worst_head")
-    head = ["method", *(name.replace("_", " ") for name in names), "attend / dense"]
-    lines = [head, ["---"] * len(head)]
+    rows = [["method", *(name.replace("_", " ") for name in names), "attend / dense"]]
     for p in results:
-        cells = [f"{p[name]:.3f}" for name in names]
-        lines.append([p["label"], *cells, f"{p['attend_ms'] / p['dense_ms']:.2f}"])
-    lines += [[], ["method", *(f"error at cost {c:g}" for c in COSTS), *(f"auto / it at {c:g}" for c in COSTS)]]
-    lines.append(["---"] * (1 + 2 * len(COSTS)))
-    for label in dict.fromkeys(p["label"] for p in results):
-        own = [at_cost(results, label, c) for c in COSTS]
-        best = [at_cost(results, "auto", c) for c in COSTS]
-        ratios = [b / o if b and o else None for b, o in zip(best, own, strict=True)]
-        cells = [*("" if x is None else f"{x:.3f}" for x in own), *("" if x is None else f"{x:.2f}" for x in ratios)]
-        lines.append([label, *cells])
-    return "\n".join("| " + " | ".join(line) + " |" if line else "" for line in lines) + "\n"
+        rows.append([p["label"], *(f"{p[name]:.3f}" for name in names), f"{p['attend_ms'] / p['dense_ms']:.2f}"])
+    parts = ["Every point\n", markdown_table(rows)]
+    for title, of in (
+        ("Error at equal cost: exact keys and pooled keys", lambda p: p["density"] + p["tail_keys"]),
+        ("Error at equal total cost: planning on this machine included", lambda p: p["cost"]),
+    ):
+        rows = [["method", *(f"{c:g}" for c in COSTS), *(f"auto / it at {c:g}" for c in COSTS)]]
+        best = [at_cost(results, "auto", c, of) for c in COSTS]
+        for label in dict.fromkeys(p["label"] for p in results):
+            own = [at_cost(results, label, c, of) for c in COSTS]
+            ratios = [b / o if b and o else None for b, o in zip(best, own, strict=True)]
+            if any(own):
+                rows.append([label, *(number(x, 3) for x in own), *(number(x, 2) for x in ratios)])
+        parts += [f"\n{title}\n", markdown_table(rows)]
+    return "\n".join(parts)
 
 
-def at_cost(results: list[dict[str, Any]], label: str, cost: float) -> float | None:
+def markdown_table(rows: list[list[str]]) -> str:
+    """First row as head."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def number(value: float | None, digits: int) -> str:
+    """Empty for None."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def at_cost(
+    results: list[dict[str, Any]], label: str, cost: float, of: Callable[[dict[str, Any]], float]
+) -> float | None:
     """Error at a cost, between measured points straight in logarithms; None outside of them."""
-    points = sorted((math.log(p["cost"]), math.log(p["error"])) for p in results if p["label"] == label)
+    points = sorted((math.log(of(p)), math.log(p["error"])) for p in results if p["label"] == label)
     x = math.log(cost)
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x0 <= x <= x1:
@@ -322,14 +350,20 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 6))
-    for label in dict.fromkeys(p["label"] for p in results):
-        points = sorted((p["cost"], p["error"]) for p in results if p["label"] == label)
-        axes.plot(*zip(*points, strict=True), marker="o", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="cost / dense attention (exact keys, pooled keys, planning)")
+    figure, axes = plt.subplots(figsize=(11, 6))
+    labels = list(dict.fromkeys(p["label"] for p in results))
+    for index, label in enumerate(labels):
+        points = sorted((p["density"] + p["tail_keys"], p["error"]) for p in results if p["label"] == label)
+        style = {
+            "color": plt.get_cmap("tab10")(index % 10),
+            "marker": "osD"[index // 10],
+            "ls": ("-", "--", ":")[index // 10],
+        }
+        axes.plot(*zip(*points, strict=True), label=label, lw=3 if label == "auto" else 1.3, **style)
+    axes.set(xscale="log", yscale="log", xlabel="exact and pooled keys per query / all keys")
     axes.set(ylabel="relative L2 error of the attention output", title="Error against cost, shipped model")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 

@@ -53,7 +53,7 @@ class SemanticConfig:
 
     Args:
         density: share of the keys that every query cluster reads exactly, in (0, 1], text and prefix included;
-            0.055 if no budget is given.
+            0.06 if no budget is given.
         top_p: keep the best key clusters until their share of the estimated softmax mass reaches ``top_p``, in
             (0, 1]; the cluster that crosses the mark is kept.
         target_error: keep as little, head by head, as brings the relative L2 error of the output down to this, in
@@ -96,7 +96,7 @@ class SemanticConfig:
         require_one_of(density=self.density, target_error=self.target_error)
         require_one_of(top_p=self.top_p, target_error=self.target_error)
         if not require_shares(density=self.density, top_p=self.top_p, target_error=self.target_error):
-            object.__setattr__(self, "density", 0.055)
+            object.__setattr__(self, "density", 0.06)
         require("rows", self.rows, int, low=1)
         require("q_clusters", self.q_clusters, int, low=0)
         require("k_clusters", self.k_clusters, int, low=0)
