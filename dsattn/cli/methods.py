@@ -15,14 +15,15 @@ from dsattn.methods import METHODS
 def command(json: Json = False) -> None:
     """List the methods with their options and defaults."""
     methods = catalogue()
+    width = max(map(len, methods)) + 2
     if json:
         print_json(methods)
         return
     for name, method in methods.items():
-        typer.echo(f"{name:<12}{method['summary']}")
-        typer.echo(f"{'':<12}source: {method['source']}")
+        typer.echo(f"{name:<{width}}{method['summary']}")
+        typer.echo(f"{'':<{width}}source: {method['source']}")
         options = " ".join(f"{option}={_plain(value)}" for option, value in method["options"].items())
-        typer.echo(f"{'':<12}options: {options or 'none'}")
+        typer.echo(f"{'':<{width}}options: {options or 'none'}")
     typer.echo("\nSet an option with -O name=value, the method with --method.")
 
 
