@@ -187,11 +187,11 @@ def plan(q: Tensor, k: Tensor, v: Tensor, call: Call, config: AutoConfig, memory
         chosen = (which.flatten() == index).nonzero().squeeze(1)
         if len(chosen):
             heads = chosen.to(q.device, non_blocking=True)
-            own = _recall(memory, name, heads)
+            own = _recall(memory, name, chosen, len(which.flatten()))
             ranked = _rank(
                 name, (split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)), call, config, own
             )
-            _remember(memory, name, heads, own)
+            _remember(memory, name, chosen, own, len(which.flatten()))
             wanted = density.flatten()[chosen].to(q.device, non_blocking=True)
             parts.append((heads, ranked.at(wanted[None])))
     return join_plans(parts, q.shape[0], q.shape[2])
@@ -245,21 +245,28 @@ def _rank(name: str, qkv: tuple[Tensor, Tensor, Tensor], call: Call, config: Aut
     return candidate.rank(q, k, v, call, own, memory)
 
 
-def _recall(memory: Memory, name: str, heads: Tensor) -> Memory:
-    """What a candidate remembers of the heads ``[n]``: its tensors are ``[1, B * H, ...]``, or of just these heads."""
+def _recall(memory: Memory, name: str, heads: Tensor, count: int) -> Memory:
+    """What a candidate remembers of the heads ``[n]`` (on the CPU) out of ``count``; nothing if others were its last.
+
+    Its tensors are ``[1, count, ...]`` once every head was observed, else ``[1, n, ...]``, of the heads it last had.
+    """
     own = Memory()
+    last = memory.get(f"{name}.heads")
     for key, value in memory.items():
-        if key.startswith(f"{name}/"):
-            own[key.removeprefix(f"{name}/")] = value if value.shape[1] == len(heads) else value[:, heads]
+        if key.startswith(f"{name}/") and (value.shape[1] == count or (last is not None and torch.equal(last, heads))):
+            everything = value.shape[1] == len(heads)
+            index = heads.to(value.device, non_blocking=True)
+            own[key.removeprefix(f"{name}/")] = value if everything else value[:, index]
     return own
 
 
-def _remember(memory: Memory, name: str, heads: Tensor, own: Memory) -> None:
-    """Write back what ``_recall`` gave; without an entry for all heads, an entry for these heads is enough."""
+def _remember(memory: Memory, name: str, heads: Tensor, own: Memory, count: int) -> None:
+    """Write back what ``_recall`` gave, into the tensors of all heads where there are such."""
+    memory[f"{name}.heads"] = heads
     for key, value in own.items():
         whole = memory.get(f"{name}/{key}", value)
-        if whole.shape[1] != len(heads):
-            value = whole.index_copy(1, heads, value)
+        if whole.shape[1] == count != len(heads):
+            value = whole.index_copy(1, heads.to(value.device, non_blocking=True), value)
         memory[f"{name}/{key}"] = value
 
 
