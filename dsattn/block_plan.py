@@ -71,6 +71,9 @@ class BlockPlan:
             n_j readable keys enters the same softmax as one key, its mean, with weight n_j and the mean
             value; recomputed from the current k and v at every call. ``"pooled_block"``: the same, but the score
             of a pooled key is that of the query block's mean query, once for all its rows.
+        tail_weights: ``[b, h, k_len]`` fp32, positive: what each key (by token, not by position) counts for in the
+            pool of its block. Their sum takes the place of n_j, and the mean value is weighed by them; the mean key
+            is not. None is 1 for every key.
         linear: linear attention beside the softmax, added to its result; the log-sum-exp does not know of it. One
             that names its blocks needs blocks of equal size and no token order.
 
@@ -90,6 +93,7 @@ class BlockPlan:
     k_starts: Tensor | None = None
     key_lengths: Tensor | None = None
     tail: Tail = "none"
+    tail_weights: Tensor | None = None
     linear: LinearTail | None = None
 
     def __post_init__(self) -> None:
@@ -104,10 +108,10 @@ class BlockPlan:
             raise ValueError(f"counts must have {self.num_q_blocks} query blocks, got {self.counts.shape[2]}")
         if self.indices.ndim != 4 or self.indices.shape[:3] != self.counts.shape:
             raise ValueError(f"indices must be {tuple(self.counts.shape)} + [K], got {tuple(self.indices.shape)}")
-        for name, length in (("q_order", self.q_len), ("k_order", self.k_len)):
-            order = getattr(self, name)
-            if order is not None and order.shape[-1] != length:
-                raise ValueError(f"{name} must be [b, h, {length}], got {tuple(order.shape)}")
+        for name, length in (("q_order", self.q_len), ("k_order", self.k_len), ("tail_weights", self.k_len)):
+            per_token = getattr(self, name)
+            if per_token is not None and (per_token.ndim != 3 or per_token.shape[-1] != length):
+                raise ValueError(f"{name} must be [b, h, {length}], got {tuple(per_token.shape)}")
         if self.key_lengths is not None and self.key_lengths.shape != (self.batch,):
             raise ValueError(f"key_lengths must be [{self.batch}], got {tuple(self.key_lengths.shape)}")
         if self.linear is not None and self.linear.blocks is not None:
@@ -140,6 +144,7 @@ class BlockPlan:
         k_starts: Tensor | None = None,
         key_lengths: Tensor | None = None,
         tail: Tail = "none",
+        tail_weights: Tensor | None = None,
         linear: LinearTail | None = None,
     ) -> BlockPlan:
         """Plan from a block map ``[b, h, Nq, Nk]`` bool; key blocks are visited in ascending order.
@@ -162,6 +167,7 @@ class BlockPlan:
             k_starts=k_starts,
             key_lengths=key_lengths,
             tail=tail,
+            tail_weights=tail_weights,
             linear=linear,
         )
 
@@ -337,6 +343,8 @@ class BlockPlan:
                 order.sort(-1).values, torch.arange(length, device=self.device).expand_as(order)
             ):
                 raise ValueError(f"{name}_order must be a permutation of 0..{length - 1} in every head")
+        if self.tail_weights is not None and not bool((self.tail_weights > 0).all()):
+            raise ValueError("tail_weights must be positive")
         readable = (self.block_mask & (self.k_sizes > 0)[:, :, None, :]).any(-1)
         if bool((~readable & (self.q_sizes > 0)).any()):
             raise ValueError(

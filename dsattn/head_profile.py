@@ -21,8 +21,8 @@ from dsattn.errors import UsageError
 from dsattn.grid import Call, VideoGrid
 
 SCHEMA = "dsattn.profile/1"
-# Densities that curves are measured at, a factor of about 1.6 apart; the last one is dense attention.
-DENSITIES = (0.015, 0.025, 0.04, 0.065, 0.1, 0.16, 0.26, 0.45, 1.0)
+# Densities that curves are measured at, a factor of about 1.35 apart; the last one is dense attention.
+DENSITIES = (0.01, 0.0135, 0.018, 0.025, 0.033, 0.045, 0.06, 0.08, 0.11, 0.15, 0.2, 0.27, 0.4, 1.0)
 _CURVES = ("error", "recall", "density", "cost", "weight")
 
 

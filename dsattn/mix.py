@@ -77,6 +77,7 @@ def join_plans(parts: Sequence[tuple[Tensor, BlockPlan]], batch: int, heads: int
         q_starts=starts[0],
         k_starts=starts[1],
         tail=plans[0].tail,
+        tail_weights=None if all(p.tail_weights is None for p in plans) else join([_weights(p) for p in plans]),
     )
 
 
@@ -100,6 +101,12 @@ def _check(parts: Sequence[tuple[Tensor, BlockPlan]], batch: int, heads: int) ->
 
 def _pad(x: Tensor, value: int, size: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, size - x.shape[-1]), value=value)
+
+
+def _weights(plan: BlockPlan) -> Tensor:
+    if plan.tail_weights is None:
+        return torch.ones(1, 1, plan.k_len, device=plan.device)
+    return plan.tail_weights
 
 
 def _order(order: Tensor | None, length: int, device: torch.device) -> Tensor:

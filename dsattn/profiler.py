@@ -1,7 +1,7 @@
 """Which method fits which head: error against cost of candidates, measured on sampled query rows.
 
-One exact attention of the sampled rows judges every density of every candidate: densities are nested, so that each
-adds the keys of a few more blocks to the sums of the one before.
+One exact attention of the sampled rows judges every density of every candidate: densities are nested, so that the
+output of each is a running sum over what the blocks that come in there add.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ from torch import Tensor
 from dsattn.block_plan import BlockPlan
 from dsattn.head_profile import DENSITIES, LayerProfile
 from dsattn.kernels.pooling import pool_blocks
+from dsattn.kernels.runs import Runs
 from dsattn.methods.estimate import RowSample, relative_error
 from dsattn.methods.ranked import Ranked
+
+# Keys of a block that stand side by side; blocks are padded to a multiple of it.
+TILE = 32
 
 
 @dataclass(frozen=True)
@@ -47,36 +51,36 @@ def trace(sample: RowSample, ranked: Ranked) -> Curve:
     ladder = torch.tensor(DENSITIES, device=sample.exact.device)
     lead = sample.logits.shape[:2]
     blocks = plan.num_k_blocks
-    shares = ranked.share.expand(*lead, -1, -1)
     owner = plan.q_block_of_token.expand(*lead, -1)[..., sample.rows]
-    rows = shares.gather(2, owner[..., None].expand(-1, -1, -1, blocks))
-    # Place on the ladder from which on a block is read; behind its end: never.
-    level = torch.bucketize(rows, ladder)
-    keys = plan.k_block_of_token.expand(*lead, -1)[:, :, None].expand(-1, -1, len(sample.rows), -1)
-    key_level = level.to(torch.uint8).gather(3, keys)
+    shares = ranked.share.expand(*lead, -1, -1).gather(2, owner[..., None].expand(-1, -1, -1, blocks))
+    # Place on the ladder from which on a block is read. The last density reads everything and needs no sum.
+    level = torch.bucketize(shares, ladder)
+    places = torch.arange(len(DENSITIES) - 1, device=ladder.device)
 
     peak = sample.logits.amax(-1, keepdim=True)
     weights = (sample.logits - peak).exp()
-    whole = weights.sum(-1, keepdim=True)
+    order = torch.arange(plan.k_len, device=ladder.device)[None, None] if plan.k_order is None else plan.k_order
+    runs = Runs.of(order.expand(*lead, -1), plan.k_sizes.expand(*lead, -1), TILE)
+    tiles = runs.columns(weights)
+    # [B, H, R, places, tiles]: which tiles come in at which place; surplus tiles are of no weight.
+    of_tile = level.gather(3, runs.owner.clamp(max=blocks - 1)[:, :, None].expand(-1, -1, level.shape[2], -1))
+    comes_in = (of_tile[:, :, :, None] == places[:, None]).to(weights.dtype)
+    values = tiles @ runs.gather(sample.v)
+    top = (comes_in @ values.transpose(2, 3)).cumsum(3)
+    bottom = (comes_in @ tiles.sum(-1).transpose(2, 3)[..., None]).cumsum(3)
+    recall = bottom / weights.sum(-1)[..., None, None]
     tail, v_pool = _tail(sample, plan, peak)
-    values = sample.values
-    top, bottom = torch.zeros_like(sample.exact), torch.zeros_like(peak)
-    errors, recalls = [], []
-    tiny = torch.finfo(bottom.dtype).tiny
-    # The last density reads everything.
-    for place in range(len(DENSITIES) - 1):
-        added = weights * (key_level == place)
-        top = top + added @ values
-        bottom = bottom + added.sum(-1, keepdim=True)
-        rest = tail * (level > place) if tail is not None else None
-        numerator = top if rest is None else top + rest @ v_pool
-        denominator = bottom if rest is None else bottom + rest.sum(-1, keepdim=True)
-        # What is read may hold no mass that fp32 can tell from none: the output is then zero.
-        errors.append(relative_error(numerator / denominator.clamp(min=tiny), sample.exact))
-        recalls.append((bottom / whole).mean((2, 3)))
+    if tail is not None:
+        # [B, H, R, places, Nk]: pooled at this place, as not read yet.
+        rest = tail[:, :, :, None] * (level[:, :, :, None] > places[:, None])
+        top, bottom = top + (rest.flatten(2, 3) @ v_pool).view_as(top), bottom + rest.sum(-1, keepdim=True)
+    # What is read may hold no mass that fp32 can tell from none: the output is then zero.
+    found = top / bottom.clamp(min=torch.finfo(bottom.dtype).tiny)
+    error = torch.stack([relative_error(x, sample.exact) for x in found.unbind(3)])
+    recalls = recall.mean((2, 4)).movedim(2, 0)
     return Curve(
-        torch.stack([*errors, torch.zeros_like(errors[0])]),
-        torch.stack([*recalls, torch.ones_like(recalls[0])]),
+        torch.cat([error, torch.zeros_like(error[:1])]),
+        torch.cat([recalls, torch.ones_like(recalls[:1])]),
         _densities(ranked, plan, ladder),
         blocks / plan.k_len if tail is not None else 0.0,
     )

@@ -6,19 +6,23 @@ those of the softmax over all keys, so they cannot overflow; the error of the ou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dsattn.kernels.kmeans import Clusters
-from dsattn.kernels.pooling import runs_triton, segment_sums
+from dsattn.kernels.pooling import runs_triton
+from dsattn.kernels.runs import Runs
 
 # Keys of one cluster that stand side by side; clusters are padded to a multiple of it.
 TILE = 16
 # Elements of the largest tensor of one chunk of query clusters.
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "other": 1 << 26}
+
+# Elements of a chunk of centred logits: it stays in the cache of a CPU. Squares of e to the largest fit into fp32.
+_CENTRED_ELEMENTS = 1 << 19
+_LARGEST = 40.0
 
 Kind = Literal["weight", "output"]
 
@@ -50,7 +54,11 @@ def cluster_errors(
         from dsattn.kernels import cluster_errors_triton
 
         return cluster_errors_triton.cluster_errors(queries, k, v, clusters, kind, scale)
-    tiles = _Tiles.of(clusters)
+    if kind == "weight" and k.device.type == "cpu" and k.dtype != torch.float64:
+        found = _centred(queries, k, clusters, scale)
+        if found is not None:
+            return found
+    tiles = Runs.of(clusters.order, clusters.sizes, TILE)
     keys, values = tiles.gather(k), tiles.gather(v)
     means = clusters.means(k)
     largest = max(keys[..., 0].numel(), values.numel() // TILE if kind == "output" else 0)
@@ -79,42 +87,38 @@ def cluster_errors(
     return mass, error
 
 
-@dataclass(frozen=True)
-class _Tiles:
-    """Clusters cut into tiles of ``TILE`` tokens; their number is bounded by shapes, surplus tiles own nothing.
+def _centred(queries: Tensor, k: Tensor, clusters: Clusters, scale: float) -> tuple[Tensor, Tensor] | None:
+    """The weight errors with fewer passes over memory: by how much keys beside the mean k̄ change its weight.
 
-    tokens, exists: ``[B, H, tiles, TILE]``, token of every slot, and whether there is one.
-    owner: ``[B, H, tiles]``, cluster of every tile, N for surplus tiles. count: N.
+    ``p_k = p̄_j e^x`` with x = scale q·(k - k̄_j), so mass and error are p̄_j times the sum of 1 + (e^x - 1), and p̄_j²
+    times that of (e^x - 1)²; p̄ itself needs no pass over the keys before. None if some x is out of fp32's range.
     """
-
-    tokens: Tensor
-    exists: Tensor
-    owner: Tensor
-    count: int
-
-    @classmethod
-    def of(cls, clusters: Clusters) -> _Tiles:
-        batch, heads, count = clusters.sizes.shape
-        length = clusters.labels.shape[-1]
-        device = clusters.sizes.device
-        per_cluster = (clusters.sizes + TILE - 1) // TILE
-        last = per_cluster.cumsum(-1)
-        ids = torch.arange(length // TILE + count, device=device).expand(batch, heads, -1).contiguous()
-        owner = torch.searchsorted(last, ids, right=True)
-        which = owner.clamp(max=count - 1)
-        ends = clusters.sizes.cumsum(-1)
-        start = (ends - clusters.sizes - (last - per_cluster) * TILE).gather(-1, which) + ids * TILE
-        positions = start[..., None] + torch.arange(TILE, device=device)
-        exists = (positions < ends.gather(-1, which)[..., None]) & (owner < count)[..., None]
-        tokens = clusters.order.gather(-1, positions.clamp(max=length - 1).flatten(2)).view_as(positions)
-        return cls(tokens, exists, owner, count)
-
-    def gather(self, x: Tensor) -> Tensor:
-        """``[B, H, tiles, TILE, D]`` fp32 from ``x [B, S, H, D]``; zero where there is no token."""
-        index = self.tokens.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1])
-        found = x.transpose(1, 2).gather(2, index).view(*self.tokens.shape, -1).float()
-        return found.masked_fill(~self.exists[..., None], 0)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """``[B, H, N, F]``: sum of ``x [B, H, tiles, F]`` over the tiles of every cluster."""
-        return segment_sums(x.transpose(1, 2), self.owner, self.count)
+    batch, length, heads, dim = k.shape
+    count = clusters.sizes.shape[2]
+    means = clusters.means(k)
+    labels = clusters.labels.gather(2, clusters.order).flatten(0, 1)
+    keys = k.transpose(1, 2).gather(2, clusters.order[..., None].expand(-1, -1, -1, dim)).float()
+    centres = means.flatten(0, 1).gather(1, labels[..., None].expand(-1, -1, dim))
+    keys = keys.flatten(0, 1) - centres
+    columns = (queries * scale).flatten(0, 1).mT
+    rows = (torch.arange(batch * heads, device=k.device)[:, None] * count + labels).flatten()
+    more, squares = torch.zeros(2, batch * heads * count, columns.shape[2], device=k.device)
+    step = max(1, _CENTRED_ELEMENTS // columns.shape[2])
+    for head, own in enumerate(keys):
+        for start in range(0, length, step):
+            x = own[start : start + step] @ columns[head]
+            if float(x.amax()) > _LARGEST:
+                return None
+            target = rows[head * length + start :][: len(x)]
+            more.index_add_(0, target, x.expm1_())
+            squares.index_add_(0, target, x.square_())
+    # [B, H, N, C]
+    logits = means @ columns.unflatten(0, (batch, heads))
+    sizes = clusters.sizes[..., None]
+    logits = logits.masked_fill(sizes == 0, -torch.inf)
+    more, squares = (x.view_as(logits) for x in (more, squares))
+    # The sum of e^x over a cluster is at least its size, but for rounding.
+    log_mass = logits + (sizes + more).clamp(min=torch.finfo(more.dtype).tiny).log()
+    log_total = log_mass.logsumexp(2, keepdim=True)
+    error = (2 * (logits - log_total) + squares.log()).exp()
+    return (log_mass - log_total).exp().mT, error.mT

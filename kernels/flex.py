@@ -195,7 +195,12 @@ def _readable(k_tiles: _Tiles, plan: BlockPlan) -> Tensor | None:
 def _pool(k_flex: Tensor, v_flex: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor, Tensor]:
     """Pooled keys and values; keys that are in plan order already are not gathered a second time."""
     if plan.k_starts is None:
-        k, v, plan = k_flex.transpose(1, 2), v_flex.transpose(1, 2), replace(plan, k_order=None)
+        weights = plan.tail_weights
+        if weights is not None and plan.k_order is not None:
+            lead = torch.broadcast_shapes(weights.shape[:2], plan.k_order.shape[:2])  # type: ignore[no-untyped-call]
+            weights = weights.expand(*lead, -1).gather(2, plan.k_order.expand(*lead, -1))
+        plan = replace(plan, k_order=None, tail_weights=weights)
+        k, v = k_flex.transpose(1, 2), v_flex.transpose(1, 2)
     return pool_blocks(k, v, plan)
 
 

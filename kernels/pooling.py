@@ -12,7 +12,10 @@ from dsattn.block_plan import BlockPlan
 
 
 def pool_blocks(k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean key, mean value and log size of every key block, over the keys that may be read.
+    """Mean key, mean value and log weight of every key block, over the keys that may be read.
+
+    With ``plan.tail_weights`` the mean value is weighed by them, and the log weight is that of their sum; without, it
+    is that of the number of keys.
 
     Sums run in fp32 (fp64 for fp64 inputs) per block, never as differences of a running sum, which would lose
     digits over a long sequence. Nothing is read back to the host. On a GPU the means come from Triton
@@ -24,28 +27,34 @@ def pool_blocks(k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor, 
 
     Returns:
         ``kbar [B, H, Nk, D]``, ``vbar [B, H, Nk, Dv]`` and ``log_count [B, H, Nk]``, all fp32 (fp64). A block
-        without readable keys has mean 0 and log count -inf.
+        without readable keys has means 0 and log weight -inf.
 
     """
     if runs_triton(k, v):
-        from dsattn.kernels.segments_triton import segment_means
+        from dsattn.kernels.segments_triton import segment_means, weighted_segment_means
 
-        def means(x: Tensor) -> Tensor:
-            return segment_means(
-                x,
-                plan.num_k_blocks,
-                block=plan.block_k,
-                order=plan.k_order,
-                starts=plan.k_starts,
-                key_lengths=plan.key_lengths,
-            )
-
-        return means(k), means(v), plan.k_sizes.clamp(min=0).expand(plan.batch, plan.heads, -1).float().log()
+        runs = {
+            "block": plan.block_k,
+            "order": plan.k_order,
+            "starts": plan.k_starts,
+            "key_lengths": plan.key_lengths,
+        }
+        k_pool = segment_means(k, plan.num_k_blocks, **runs)
+        if plan.tail_weights is not None:
+            v_pool, total = weighted_segment_means(v, plan.tail_weights, plan.num_k_blocks, **runs)
+            return k_pool, v_pool, total.log()
+        sizes = plan.k_sizes.clamp(min=0).expand(plan.batch, plan.heads, -1)
+        return k_pool, segment_means(v, plan.num_k_blocks, **runs), sizes.float().log()
     work = torch.float64 if k.dtype == torch.float64 else torch.float32
     sizes = plan.k_sizes.clamp(min=0).expand(plan.batch, plan.heads, -1).to(work)
     # A mean over one key at least: empty blocks divide their zero sum by one.
     weight = sizes.clamp(min=1).reciprocal()[..., None]
-    return _sums(k, plan, work) * weight, _sums(v, plan, work) * weight, sizes.log()
+    k_pool = _sums(k, plan, work) * weight
+    if plan.tail_weights is None:
+        return k_pool, _sums(v, plan, work) * weight, sizes.log()
+    weights = plan.tail_weights.to(work).expand(plan.batch, plan.heads, -1).transpose(1, 2)[..., None]
+    total = _sums(weights, plan, work)
+    return k_pool, _sums(v.to(work) * weights, plan, work) / total.where(total > 0, 1), total[..., 0].log()
 
 
 def pool_queries(q: Tensor, plan: BlockPlan) -> Tensor:
@@ -58,6 +67,7 @@ def pool_queries(q: Tensor, plan: BlockPlan) -> Tensor:
         k_order=plan.q_order,
         k_starts=plan.q_starts,
         key_lengths=None,
+        tail_weights=None,
         linear=None,
     )
     work = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -34,6 +34,8 @@ def block_sparse_attention(
     * ``"pooled_block"``: the same with the mean query q̄_i of the block in place of q_r: every row of i adds the same
       ``sum_j n_j exp(scale q̄_i·k̄_j)`` to its denominator and ``sum_j n_j exp(scale q̄_i·k̄_j) v̄_j`` to its numerator.
 
+    With ``plan.tail_weights``, n_j is the sum of the weights of these keys, and v̄_j their mean value by weight.
+
     Args:
         q, k, v: ``[B, S, H, D]``; q and k share D, k and v share S.
         plan: pattern; ``plan.block_mask`` says which blocks are kept.
@@ -75,20 +77,24 @@ def block_sparse_attention(
                     columns = k_tokens[k_edges[j] : k_edges[j] + n]
                     if n == 0 or j in skipped:
                         continue
+                    counts = torch.ones(n, dtype=work, device=q.device)
+                    if plan.tail_weights is not None:
+                        counts = _pick(plan.tail_weights, b, h)[columns].to(work)
+                    mean_value = (counts @ vh[columns] / counts.sum())[None]
                     if kept[i][j]:
                         keys.append(kh[columns])
                         values.append(vh[columns])
                         log_weights.append(torch.zeros(n, dtype=work, device=q.device))
                     elif plan.tail == "pooled":
                         keys.append(kh[columns].mean(0, keepdim=True))
-                        values.append(vh[columns].mean(0, keepdim=True))
-                        log_weights.append(torch.tensor([n], dtype=work, device=q.device).log())
+                        values.append(mean_value)
+                        log_weights.append(counts.sum(0, keepdim=True).log())
                     elif plan.tail == "pooled_block":
                         # A key of zeros has score 0 in every row: the weight is all there is.
                         mean_key = kh[columns].mean(0, keepdim=True)
                         keys.append(torch.zeros_like(mean_key))
-                        values.append(vh[columns].mean(0, keepdim=True))
-                        log_weights.append(mean_key @ mean_query * scale + math.log(n))
+                        values.append(mean_value)
+                        log_weights.append(mean_key @ mean_query * scale + counts.sum().log())
                 logits = qh[rows] @ torch.cat(keys).T * scale + torch.cat(log_weights)
                 lse[b, h, rows] = logits.logsumexp(-1)
                 out[b, rows, h] = (logits.softmax(-1) @ torch.cat(values)).to(q.dtype)

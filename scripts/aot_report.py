@@ -254,7 +254,10 @@ def helper_source(variant: Helper, target: GPUTarget) -> ASTSource:
         ),
         "means": (
             segments_triton._segment_means,
-            {"X": element, "Order": "*i64", "Starts": "*i32", "KeyLengths": "*i32", "Empty": "*fp32", "Means": "*fp32"},
+            {
+                **{"X": element, "Order": "*i64", "Starts": "*i32", "KeyLengths": "*i32"},
+                **dict.fromkeys(("Empty", "Weights", "Means", "Totals"), "*fp32"),
+            },
         ),
         "tail": (
             block_tail._block_tail,
@@ -270,7 +273,7 @@ def helper_source(variant: Helper, target: GPUTarget) -> ASTSource:
         "D": dim, "DV": dim, "BLOCK_D": padded, "BLOCK_DV": padded,
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_S": tiles.block_m, "BLOCK_C": tiles.block_n,
         "HAS_LOW": half, "OUTPUT": True,
-        **dict.fromkeys(("HAS_ORDER", "HAS_STARTS", "HAS_KEY_LENGTHS", "HAS_EMPTY"), True),
+        **dict.fromkeys(("HAS_ORDER", "HAS_STARTS", "HAS_KEY_LENGTHS", "HAS_EMPTY", "HAS_WEIGHTS"), True),
         "PRECISION": block_sparse.precision(DTYPES[variant.dtype], target.backend),
         "stride_xd": 1, "stride_kd": 1, "stride_vd": 1,
     }  # fmt: skip

@@ -40,6 +40,7 @@ PROMPTS = (
 )
 DENSITIES = (0.03, 0.05, 0.1, 0.2)
 COSTS = (0.06, 0.08, 0.1, 0.15, 0.2)
+AUTO_COSTS = (0.06, 0.1, 0.16, 0.26)
 # A plan serves so many steps, and a run has so many sparse ones: the defaults of the command line at 20 steps.
 REFRESH, SPARSE_STEPS = 4, 17
 ROWS = 256
@@ -144,12 +145,13 @@ def cases() -> list[tuple[str, str, list[dict[str, Any]]]]:
         return [{"density": d, **options} for d in DENSITIES]
 
     # What the papers describe: Euclidean clusters, as many as in the pilot or as many as ours.
-    few = {"metric": "euclidean", "q_clusters": 100, "k_clusters": 300}
-    plain = {"metric": "euclidean", "routing": "mass"}
-    ear = {"metric": "euclidean", "routing": "weight_error"}
+    few = {"q_clusters": 100, "k_clusters": 300}
+    plain = {"metric": "euclidean", "routing": "mass", "tail_order": 1}
+    ear = {**plain, "routing": "weight_error"}
     return [
         ("radial", "radial", [{"decay": d} for d in (0.05, 0.2, 0.5, 1.0)]),
         ("spatial_temporal", "spatial_temporal", by_density()),
+        ("topk raster", "topk", by_density(order="raster", tail="none")),
         ("topk tile", "topk", by_density(order="tile", tail="none")),
         ("topk hilbert, sub-blocks", "topk", by_density(order="hilbert", tail="none", scorer="subblock")),
         ("topk tile + tail", "topk", by_density(order="tile")),
@@ -163,10 +165,13 @@ def cases() -> list[tuple[str, str, list[dict[str, Any]]]]:
         ("SVG-EAR, 100/300 clusters", "semantic", by_density(**{**ear, **few})),
         ("SVG-EAR, our counts", "semantic", by_density(**ear)),
         ("semantic (default)", "semantic", by_density()),
-        ("semantic, by weight error", "semantic", by_density(routing="weight_error")),
+        ("semantic, Euclidean", "semantic", by_density(metric="euclidean")),
+        ("semantic, by mass", "semantic", by_density(routing="mass")),
+        ("semantic, tail of order 1", "semantic", by_density(tail_order=1)),
         ("semantic, by output error", "semantic", by_density(routing="output_error")),
         ("semantic, values .1, output error", "semantic", by_density(values=0.1, routing="output_error")),
-        ("auto", "auto", [{"cost": c} for c in (0.06, 0.1, 0.16, 0.26)]),
+        ("auto, semantic alone", "auto", [{"cost": c, "candidates": "semantic"} for c in AUTO_COSTS]),
+        ("auto", "auto", [{"cost": c} for c in AUTO_COSTS]),
         ("temporal", "temporal", [{"threshold": t} for t in (-6.0, -3.0)]),
         ("temporal + tail", "temporal", [{"threshold": t, "tail": "pooled"} for t in (-3.0, -1.0)]),
     ]

@@ -36,6 +36,7 @@ class Shape(NamedTuple):
     tail: str
     trimmed: bool  # index lists as long as the longest, instead of one entry per key block
     scale: float
+    weighted: bool  # keys count differently in the pools
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def random_shape(seed: int) -> Shape:
         leads=tuple((draw.pick((1, batch)), draw.pick((1, heads))) for _ in range(5)),
         q_order=draw.chance(0.4), k_order=draw.chance(0.4), key_lengths=draw.chance(0.3),
         tail=draw.pick(("none", "pooled", "pooled_block")), trimmed=draw.chance(0.5),
-        scale=draw.pick((0.04, 0.1, 0.25)),
+        scale=draw.pick((0.04, 0.1, 0.25)), weighted=draw.chance(0.5),
     )  # fmt: skip
 
 
@@ -136,12 +137,14 @@ def random_case(shape: Shape, seed: int, starts_seed: int | None = None) -> Case
     for (b, h, i), row in kept.items():
         counts[b, h, i] = len(row)
         indices[b, h, i, : len(row)] = torch.tensor(row, dtype=torch.int32)
+    weights = draw.uniform(*lists, shape.k_len) * 3 + 0.1 if shape.weighted else None
     plan = BlockPlan(
         batch=shape.batch, heads=shape.heads, q_len=shape.q_len, k_len=shape.k_len,
         block_q=shape.block_q, block_k=shape.block_k, counts=counts, indices=indices,
         q_order=draw.permutations(q_order, shape.q_len) if shape.q_order else None,
         k_order=draw.permutations(k_order, shape.k_len) if shape.k_order else None,
         q_starts=q_starts, k_starts=k_starts, key_lengths=lengths, tail=shape.tail,
+        tail_weights=weights,
     )  # fmt: skip
     return Case(f"seed {seed}, {shape}", q, k, v, plan, shape.scale)
 
@@ -237,16 +240,21 @@ def _dense_softmax(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
                     elif plan.tail != "none" and len(block):
                         pooled[rows, j] = True
             mean_k = torch.stack([k[block].mean(0) if len(block) else k[0] * 0 for block in columns])
-            mean_v = torch.stack([v[block].mean(0) if len(block) else v[0] * 0 for block in columns])
+            count = torch.ones(plan.k_len, dtype=work)
+            if plan.tail_weights is not None:
+                count = plan.tail_weights[b % plan.tail_weights.shape[0], h % plan.tail_weights.shape[1]].to(work)
+            total = torch.stack([count[block].sum() for block in columns])
+            mean_v = torch.stack(
+                [count[block] @ v[block] / total[j] if len(block) else v[0] * 0 for j, block in enumerate(columns)]
+            )
             mean_k, mean_v = mean_k.to(dtype).to(work), mean_v.to(dtype).to(work)
-            weights = torch.tensor([float(len(block)) for block in columns], dtype=work).log()
-            logits = torch.cat([q @ k.T * case.scale, tail_q @ mean_k.T * case.scale + weights], 1)
+            logits = torch.cat([q @ k.T * case.scale, tail_q @ mean_k.T * case.scale + total.log()], 1)
             logits = logits.masked_fill(~torch.cat([exact, pooled], 1), -torch.inf)
             peak = logits.amax(1, keepdim=True)
             exponentials = (logits - peak).exp()
-            total = exponentials.sum(1, keepdim=True)
-            lse[b, h] = (peak + total.log())[:, 0]
-            out[b, :, h] = exponentials.to(dtype).to(work) @ torch.cat([v, mean_v]) / total
+            denominator = exponentials.sum(1, keepdim=True)
+            lse[b, h] = (peak + denominator.log())[:, 0]
+            out[b, :, h] = exponentials.to(dtype).to(work) @ torch.cat([v, mean_v]) / denominator
     return (out if dtype == torch.float64 else out.to(dtype)), lse
 
 

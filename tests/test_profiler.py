@@ -50,7 +50,11 @@ def by_hand(qkv, plan: BlockPlan, rows: torch.Tensor) -> tuple[torch.Tensor, tor
         owner = plan.k_block_of_token.expand(*k.shape[:2], -1)
         member = torch.nn.functional.one_hot(owner, plan.num_k_blocks).double()
         sizes = member.sum(2)[..., None]
-        k_mean, v_mean = (member.mT @ x / sizes.clamp(min=1) for x in (k, v))
+        k_mean = member.mT @ k / sizes.clamp(min=1)
+        if plan.tail_weights is not None:
+            member = member * plan.tail_weights.double().expand(*k.shape[:2], -1)[..., None]
+            sizes = member.sum(2)[..., None]
+        v_mean = member.mT @ v / sizes.where(sizes > 0, 1)
         pooled = sizes.mT * (q[:, :, rows] @ k_mean.mT * q.shape[-1] ** -0.5 - peak).exp() / total
         pooled = pooled * ~plan.kept_blocks(rows)
         numerator, denominator = numerator + pooled @ v_mean, denominator + pooled.sum(-1, keepdim=True)

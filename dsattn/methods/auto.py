@@ -58,8 +58,8 @@ CANDIDATES: dict[str, Candidate] = {
 # How far one round of measured errors may move the budget, and how far all of them together.
 FOLLOW = (0.5, 1.25)
 FACTORS = (0.2, 1.25)
-# Elements of the sampled rows' weights that are held at a time.
-WEIGHTS = 1 << 27
+# Elements of the sampled rows' weights that are held at a time; profiling needs about 20 bytes for each.
+WEIGHTS = 1 << 26
 
 
 @dataclass(frozen=True)

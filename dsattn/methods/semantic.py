@@ -28,15 +28,13 @@ from dsattn.methods.cluster_space import METRICS, ClusterSpace, Metric
 from dsattn.methods.estimate import RowSample, fit_density, sample_rows
 from dsattn.methods.ranked import Ranked, mass_before, share_by_rank
 from dsattn.methods.scores import routing_noise
+from dsattn.methods.tail_weights import tail_weights
 
 # Tile of text and prefix tokens, and the tile that kernels should use within clusters.
 TILE = 64
 # The first iterations see one token in so many.
 FIRST_SHARE = 4
 # Automatic cluster counts: tokens per cluster, and the most clusters (SVG2's for 75,600 tokens).
-# Estimating errors reads all keys once per query cluster: for fewer tokens per cluster, more keys are the better buy
-# (benchmarks/results/cpu/frontier.md).
-ERROR_TOKENS = 100
 Q_TOKENS, Q_MOST = 30, 300
 K_TOKENS, K_MOST = 36, 1000
 
@@ -64,13 +62,16 @@ class SemanticConfig:
         first_iterations: k-means iterations of the first plan of a run; all but the last on a quarter of the tokens.
         iterations: k-means iterations of later plans, which start from the last centroids.
         tail: what skipped clusters contribute, ``"pooled"``, ``"pooled_block"`` or ``"none"``.
+        tail_order: 1 gives a skipped cluster the weight that all its keys would have if they were their mean; 2 counts
+            every key by the weight that queries give it beside the mean, to second order, from the moments of all
+            queries (``dsattn.methods.tail_weights``).
         metric: distance between tokens: ``"euclidean"``; ``"query"``, between keys the mean squared difference of
             their logits over the queries; ``"logit"``, also between queries that over the keys (``ClusterSpace``).
         values: how much values count beside keys when these are clustered, at least 0; at 1 both weigh the same.
         routing: key clusters are read in the order of their estimated softmax ``"mass"`` per key, or of the squared
             error per key that pooling them would cause, in the weights (``"weight_error"``) or in the output
-            (``"output_error"``); the last two need ``tail="pooled"``. None is ``"weight_error"`` with that tail where
-            there are ``ERROR_TOKENS`` tokens per query cluster, elsewhere ``"mass"``.
+            (``"output_error"``); the last two need ``tail="pooled"``. None is ``"weight_error"`` with that tail,
+            ``"mass"`` with another.
         seed: draws the tokens that are the first centroids, the sampled queries and the noise.
         routing_noise: standard deviation of a Gaussian that is added to the logarithm of what clusters are ordered by,
             new at every plan, so that no cluster is passed over at every step (PASA); 0 is none.
@@ -86,6 +87,7 @@ class SemanticConfig:
     first_iterations: int = 6
     iterations: int = 1
     tail: Tail = "pooled"
+    tail_order: int = 2
     metric: Metric = "logit"
     values: float = 0.0
     routing: Routing | None = None
@@ -103,6 +105,7 @@ class SemanticConfig:
         require("first_iterations", self.first_iterations, int, low=1)
         require("iterations", self.iterations, int, low=1)
         require_choice("tail", self.tail, TAILS)
+        require("tail_order", self.tail_order, int, low=1, high=2)
         require_choice("metric", self.metric, METRICS)
         require("values", self.values, (int, float), low=0)
         if self.routing is not None:
@@ -139,13 +142,13 @@ def rank(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, me
     video = slice(grid.video_start, grid.video_end)
     q_video, k_video, v_video = (x[:, video] for x in (q, k, v))
     space = ClusterSpace.of_queries(k_video, config.metric, config.seed)
-    q_side = _cluster(q_video, space, config.q_clusters, (Q_TOKENS, Q_MOST), config, memory, "q_centroids")
+    q_side, _ = _cluster(q_video, space, config.q_clusters, (Q_TOKENS, Q_MOST), config, memory, "q_centroids")
     space = ClusterSpace.of_keys(q_video, k_video, v_video, config.metric, config.values, config.seed)
     tokens = torch.cat([k_video, v_video], -1) if config.values else k_video
-    k_side = _cluster(tokens, space, config.k_clusters, (K_TOKENS, K_MOST), config, memory, "k_centroids")
+    k_side, features = _cluster(tokens, space, config.k_clusters, (K_TOKENS, K_MOST), config, memory, "k_centroids")
     q_order, q_starts, exact = _lay_out(q_side, grid)
     k_order, k_starts, _ = _lay_out(k_side, grid)
-    score, mass = _scores(q_side, k_side, k_video, v_video, _routing(config, q_side))
+    score, mass = _scores(q_side, k_side, k_video, v_video, _routing(config))
     if config.routing_noise:
         shape = (heads, score.shape[2], score.shape[3])
         noise = routing_noise(config.routing_noise, shape, call, config.seed, q.device)
@@ -157,6 +160,12 @@ def rank(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, me
     keys = share_by_rank(score, k_side.sizes[:, :, None])
     share = torch.where(keys < 0, -1.0, (keys + (length - grid.video_tokens)) / length)
     before = None if config.top_p is None else mass_before(score, mass)
+    weights = None
+    if config.tail != "none" and config.tail_order == 2:
+        if config.metric == "euclidean" or config.values:
+            features = ClusterSpace.of_keys(q_video, k_video, v_video, "query", 0, config.seed)(k_video)
+        video_weights = tail_weights(q_video, k_video, features, k_side)
+        weights = torch.nn.functional.pad(video_weights, (grid.video_start, length - grid.video_end), value=1.0)
 
     def make(keep: Tensor) -> BlockPlan:
         return BlockPlan.from_mask(
@@ -172,6 +181,7 @@ def rank(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, me
             q_starts=q_starts,
             k_starts=k_starts,
             tail=config.tail,
+            tail_weights=weights,
         )
 
     def with_exact(x: Tensor) -> Tensor:
@@ -188,10 +198,10 @@ def _cluster(
     config: SemanticConfig,
     memory: Memory,
     name: str,
-) -> Clusters:
+) -> tuple[Clusters, Tensor]:
     """Clusters of the video tokens ``x [B, S, H, D]``, from the remembered centroids where there are any.
 
-    Distances are those of the space's features; centroids are means of ``x``.
+    Distances are those of the space's features, which come second; centroids are means of ``x``.
     """
     tokens_each, most = automatic
     count = min(count or max(1, min(most, x.shape[1] // tokens_each)), x.shape[1])
@@ -208,14 +218,11 @@ def _cluster(
     if space.changes:
         clusters = replace(clusters, centroids=clusters.means(x, empty=remembered))
     memory[name] = clusters.centroids
-    return clusters
+    return clusters, features
 
 
-def _routing(config: SemanticConfig, q_side: Clusters) -> Routing:
-    if config.routing is not None:
-        return config.routing
-    pays = q_side.labels.shape[-1] >= ERROR_TOKENS * q_side.sizes.shape[-1]
-    return "weight_error" if config.tail == "pooled" and pays else "mass"
+def _routing(config: SemanticConfig) -> Routing:
+    return config.routing or ("weight_error" if config.tail == "pooled" else "mass")
 
 
 def _scores(q_side: Clusters, k_side: Clusters, k: Tensor, v: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
