@@ -112,7 +112,7 @@ def _centred(queries: Tensor, k: Tensor, clusters: Clusters, scale: float) -> tu
             target = rows[head * length + start :][: len(x)]
             more.index_add_(0, target, x.expm1_())
             squares.index_add_(0, target, x.square_())
-    # [B, H, N, C]
+    # From here on [B, H, N, C], clusters before queries.
     logits = means @ columns.unflatten(0, (batch, heads))
     sizes = clusters.sizes[..., None]
     logits = logits.masked_fill(sizes == 0, -torch.inf)

@@ -197,7 +197,7 @@ def _pool(k_flex: Tensor, v_flex: Tensor, k: Tensor, v: Tensor, plan: BlockPlan)
     if plan.k_starts is None:
         weights = plan.tail_weights
         if weights is not None and plan.k_order is not None:
-            lead = torch.broadcast_shapes(weights.shape[:2], plan.k_order.shape[:2])  # type: ignore[no-untyped-call]
+            lead = torch.broadcast_shapes(weights.shape[:2], plan.k_order.shape[:2])
             weights = weights.expand(*lead, -1).gather(2, plan.k_order.expand(*lead, -1))
         plan = replace(plan, k_order=None, tail_weights=weights)
         k, v = k_flex.transpose(1, 2), v_flex.transpose(1, 2)

@@ -33,18 +33,13 @@ def pool_blocks(k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor, 
     if runs_triton(k, v):
         from dsattn.kernels.segments_triton import segment_means, weighted_segment_means
 
-        runs = {
-            "block": plan.block_k,
-            "order": plan.k_order,
-            "starts": plan.k_starts,
-            "key_lengths": plan.key_lengths,
-        }
-        k_pool = segment_means(k, plan.num_k_blocks, **runs)
+        where = (plan.block_k, plan.k_order, plan.k_starts, plan.key_lengths)
+        k_pool = segment_means(k, plan.num_k_blocks, *where)
         if plan.tail_weights is not None:
-            v_pool, total = weighted_segment_means(v, plan.tail_weights, plan.num_k_blocks, **runs)
+            v_pool, total = weighted_segment_means(v, plan.tail_weights, plan.num_k_blocks, *where)
             return k_pool, v_pool, total.log()
         sizes = plan.k_sizes.clamp(min=0).expand(plan.batch, plan.heads, -1)
-        return k_pool, segment_means(v, plan.num_k_blocks, **runs), sizes.float().log()
+        return k_pool, segment_means(v, plan.num_k_blocks, *where), sizes.float().log()
     work = torch.float64 if k.dtype == torch.float64 else torch.float32
     sizes = plan.k_sizes.clamp(min=0).expand(plan.batch, plan.heads, -1).to(work)
     # A mean over one key at least: empty blocks divide their zero sum by one.

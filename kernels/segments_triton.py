@@ -89,7 +89,6 @@ def _segment_means(  # type: ignore[no-untyped-def]
 def segment_means(
     x: Tensor,
     segments: int,
-    *,
     block: int = 0,
     order: Tensor | None = None,
     starts: Tensor | None = None,
@@ -115,7 +114,6 @@ def weighted_segment_means(
     x: Tensor,
     weights: Tensor,
     segments: int,
-    *,
     block: int = 0,
     order: Tensor | None = None,
     starts: Tensor | None = None,
@@ -125,9 +123,7 @@ def weighted_segment_means(
 
     ``weights [b, h, S]`` fp32, by token; the rest as for ``segment_means``. A run without weight has mean 0.
     """
-    means, totals = _segment_means_of(x, weights.float(), segments, block, order, starts, key_lengths, None)
-    assert totals is not None  # as there are weights
-    return means, totals
+    return _segment_means_of(x, weights.float(), segments, block, order, starts, key_lengths, None)
 
 
 def _segment_means_of(
@@ -139,12 +135,13 @@ def _segment_means_of(
     starts: Tensor | None,
     key_lengths: Tensor | None,
     empty: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
+    """Means and sums of weights; the latter are not written where there are no weights."""
     batch, length, heads, dim = x.shape
     order, starts, weights = (None if t is None else _spread(t, batch, heads) for t in (order, starts, weights))
     empty = None if empty is None else empty.contiguous()
     means = torch.empty(batch, heads, segments, dim, dtype=torch.float32, device=x.device)
-    totals = None if weights is None else means.new_empty(batch, heads, segments)
+    totals = means.new_empty(batch, heads, segments)
     if means.numel() == 0:
         return means, totals
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():

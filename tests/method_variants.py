@@ -100,6 +100,7 @@ VARIANTS = [
     Variant("sol", {"density": 0.2, "order": "tile", "block": 16}, {"density": 1.0}),
     _semantic({"density": 1.0}, density=0.2),
     _semantic({"top_p": 1.0}, top_p=0.5, metric="query", routing="output_error", values=0.2),
+    _semantic({"density": 1.0}, density=0.2, top_p=0.3, k_groups=5, routing_noise=0.5),
     _semantic({"density": 1.0}, None, density=0.2, metric="euclidean", routing="mass", tail="none"),
     _semantic({"density": 1.0}, None, density=0.1, top_p=0.2, metric="euclidean"),
     _semantic({"target_error": 1e-9}, target_error=0.3, tail="pooled_block", rows=32),

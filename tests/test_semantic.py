@@ -1,5 +1,7 @@
 """semantic: clusters as blocks, budgets, warm start, exact segments, and that it finds what positions hide."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -7,6 +9,9 @@ import dsattn
 from dsattn.functional import find_method
 from dsattn.grid import Call, VideoGrid
 from dsattn.kernels.kmeans import first_centroids, kmeans
+from dsattn.methods import semantic
+from dsattn.methods.base import Memory
+from dsattn.methods.cluster_space import ClusterSpace
 
 from .method_inputs import GRIDS, dense, tensors
 
@@ -361,3 +366,26 @@ def test_a_target_error_follows_drift_rung_by_rung():
 def test_bad_options_are_named(options):
     with pytest.raises(dsattn.UsageError, match=next(iter(options))):
         plan(GRIDS[0], tensors(GRIDS[0]), **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"density": 0.2}, {"top_p": 0.4, "density": 0.02}, {"density": 0.3, "tail": "none"}]
+)
+def test_groups_are_read_or_skipped_whole(options):
+    grid = VideoGrid(3, 8, 9, text=7)
+    q, k, v = tensors(grid, batch=2, heads=2, dim=16)
+    config = semantic.SemanticConfig(q_clusters=6, k_clusters=24, k_groups=5, **options)
+    memory = Memory()
+    made = semantic.plan(q, k, v, Call(0, 0, grid), config, memory).validate()
+    centroids = memory["k_centroids"]
+    space = ClusterSpace.of_keys(q[:, : grid.video_end], k[:, : grid.video_end], v, config.metric, 0, config.seed)
+    features = space(centroids.transpose(1, 2))
+    labels = kmeans(features, first_centroids(features, 5, config.seed), semantic.GROUP_ITERATIONS).labels
+    kept, held = made.block_mask[..., :6, :24], made.k_sizes[..., :24] > 0
+    seen = set()
+    for b, h, group in itertools.product(range(2), range(2), range(5)):
+        columns = (labels[b, h] == group) & held[b, h]
+        rows = kept[b, h][:, columns]
+        assert bool((rows.all(1) | ~rows.any(1)).all())
+        seen.add(int(columns.sum()))
+    assert max(seen) > 1

@@ -32,6 +32,8 @@ from dsattn.methods.tail_weights import tail_weights
 
 # Tile of text and prefix tokens, and the tile that kernels should use within clusters.
 TILE = 64
+# Iterations of k-means over the centroids of key clusters that are to be grouped.
+GROUP_ITERATIONS = 3
 # The first iterations see one token in so many.
 FIRST_SHARE = 4
 # Automatic cluster counts: tokens per cluster, and the most clusters (SVG2's for 75,600 tokens).
@@ -59,6 +61,8 @@ class SemanticConfig:
         rows: sampled queries for ``target_error``; at least 1.
         q_clusters, k_clusters: clusters per head; 0 is one per 30 queries (at most 300) and one per 36 keys (at
             most 1000).
+        k_groups: read key clusters in so many groups of neighbours, each as a whole, while pools stay those of the
+            clusters (hierarchical centroids); 0 is each for itself.
         first_iterations: k-means iterations of the first plan of a run; all but the last on a quarter of the tokens.
         iterations: k-means iterations of later plans, which start from the last centroids.
         tail: what skipped clusters contribute, ``"pooled"``, ``"pooled_block"`` or ``"none"``.
@@ -84,6 +88,7 @@ class SemanticConfig:
     rows: int = 64
     q_clusters: int = 0
     k_clusters: int = 0
+    k_groups: int = 0
     first_iterations: int = 6
     iterations: int = 1
     tail: Tail = "pooled"
@@ -102,6 +107,7 @@ class SemanticConfig:
         require("rows", self.rows, int, low=1)
         require("q_clusters", self.q_clusters, int, low=0)
         require("k_clusters", self.k_clusters, int, low=0)
+        require("k_groups", self.k_groups, int, low=0)
         require("first_iterations", self.first_iterations, int, low=1)
         require("iterations", self.iterations, int, low=1)
         require_choice("tail", self.tail, TAILS)
@@ -149,17 +155,10 @@ def rank(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, me
     q_order, q_starts, exact = _lay_out(q_side, grid)
     k_order, k_starts, _ = _lay_out(k_side, grid)
     score, mass = _scores(q_side, k_side, k_video, v_video, _routing(config))
-    if config.routing_noise:
-        shape = (heads, score.shape[2], score.shape[3])
-        noise = routing_noise(config.routing_noise, shape, call, config.seed, q.device)
-        score = score.clamp(min=torch.finfo(score.dtype).tiny).log() + noise
-    # Where pooling costs nothing all scores are 0: the best cluster, which is always read, must hold a key.
-    score = score.masked_fill(k_side.sizes[:, :, None] == 0, -torch.inf)
-    # Counted in keys, which fp32 adds up without rounding. Text and prefix use up budget; they are blocks of their own
-    # behind the clusters, read by every row and column.
-    keys = share_by_rank(score, k_side.sizes[:, :, None])
+    groups = _groups(k_side, space, config.k_groups, config.seed) if config.k_groups else None
+    keys, before = _by_worth(score, mass, k_side.sizes, groups, config, call)
+    # Text and prefix use up budget; they are blocks of their own behind the clusters, read by every row and column.
     share = torch.where(keys < 0, -1.0, (keys + (length - grid.video_tokens)) / length)
-    before = None if config.top_p is None else mass_before(score, mass)
     weights = None
     if config.tail != "none" and config.tail_order == 2:
         if config.metric == "euclidean" or config.values:
@@ -223,6 +222,44 @@ def _cluster(
 
 def _routing(config: SemanticConfig) -> Routing:
     return config.routing or ("weight_error" if config.tail == "pooled" else "mass")
+
+
+def _groups(k_side: Clusters, space: ClusterSpace, count: int, seed: int) -> Clusters:
+    """Neighbouring key clusters, as clusters of their centroids."""
+    centroids = space(k_side.centroids.transpose(1, 2))
+    count = min(count, centroids.shape[1])
+    return kmeans(centroids, first_centroids(centroids, count, seed), GROUP_ITERATIONS)
+
+
+def _by_worth(
+    score: Tensor, mass: Tensor, sizes: Tensor, groups: Clusters | None, config: SemanticConfig, call: Call
+) -> tuple[Tensor, Tensor | None]:
+    """Keys, and mass, that come before every key cluster ``[B, H, Cq, Ck]``, best clusters or groups of them first.
+
+    score, mass: of ``_scores``. sizes: ``[B, H, Ck]``. The first counts to the middle of the cluster or group, in keys,
+    which fp32 adds up without rounding; -1 for the best one. The second is None without ``top_p``.
+    """
+    sizes = sizes[:, :, None]
+    if groups is not None:
+        worth, mass, sizes = (_together(x, groups) for x in (score * sizes, mass, sizes))
+        score = worth / sizes.clamp(min=1)
+    if config.routing_noise:
+        shape = (score.shape[1], score.shape[2], score.shape[3])
+        noise = routing_noise(config.routing_noise, shape, call, config.seed, score.device)
+        score = score.clamp(min=torch.finfo(score.dtype).tiny).log() + noise
+    # Where pooling costs nothing all scores are 0: the best cluster, which is always read, must hold a key.
+    score = score.masked_fill(sizes == 0, -torch.inf)
+    keys, before = share_by_rank(score, sizes), None if config.top_p is None else mass_before(score, mass)
+    if groups is not None:
+        index = groups.labels[:, :, None].expand(-1, -1, score.shape[2], -1)
+        keys, before = keys.gather(3, index), None if before is None else before.gather(3, index)
+    return keys, before
+
+
+def _together(x: Tensor, groups: Clusters) -> Tensor:
+    """Sums ``[B, H, C, G]`` over the groups of ``x [B, H, C, Ck]``."""
+    sums = x.new_zeros(*x.shape[:3], groups.sizes.shape[2])
+    return sums.scatter_add_(3, groups.labels[:, :, None].expand(x.shape), x)
 
 
 def _scores(q_side: Clusters, k_side: Clusters, k: Tensor, v: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:

@@ -20,12 +20,12 @@ LIMIT = 3.0
 
 
 def tail_weights(q: Tensor, k: Tensor, features: Tensor, clusters: Clusters) -> Tensor:
-    """Weight of every key in its cluster's pool: exp(SHARE (s E[q]·δ + ½ s² δᵀ E[q qᵀ] δ)).
+    """Weight of every key in its cluster's pool: ``exp(SHARE (s E[q]·δ + ½ s² δᵀ E[q qᵀ] δ))``.
 
     Args:
         q: ``[B, Sq, H, D]``, all queries.
         k: ``[B, S, H, D]``, the clustered keys.
-        features: ``[B, S, H, F]``, of which squared differences are δᵀ E[q qᵀ] δ (``ClusterSpace``, metric ``"query"``).
+        features: ``[B, S, H, F]`` whose squared differences are ``δᵀ E[q qᵀ] δ`` (``ClusterSpace``, ``"query"``).
         clusters: of the keys.
 
     Returns:
@@ -39,7 +39,8 @@ def tail_weights(q: Tensor, k: Tensor, features: Tensor, clusters: Clusters) -> 
     spread = features.float() - _of_token(clusters.means(features), clusters.labels).transpose(1, 2)
     second = spread.square().sum(-1).transpose(1, 2) * scale**2
     exponent = logits - centre.gather(2, clusters.labels) + second / 2
-    return (SHARE * exponent).clamp(-LIMIT, LIMIT).exp()
+    weights: Tensor = (SHARE * exponent).clamp(-LIMIT, LIMIT).exp()
+    return weights
 
 
 def _of_token(means: Tensor, labels: Tensor) -> Tensor:
