@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dsattn.engine import Engine
 from dsattn.errors import DsattnError, UsageError
+from dsattn.inputs import InputWatch
 from dsattn.metrics import Clock, Frames, PeakMemory
 from dsattn.video import to_uint8
 
@@ -91,6 +92,7 @@ class Run:
         summary: the engine's; None for the plain pipeline.
         frames: ``[frames, height, width, 3]`` uint8 as decoded; None if not decoded.
         latents: after the last step, or what the decoder was given; see ``latents_from``.
+        inputs: what the run was given besides its attention, see ``dsattn.inputs``.
 
     """
 
@@ -105,6 +107,7 @@ class Run:
     frames: Frames | None = None
     latents: Tensor | None = None
     latents_from: str = ""
+    inputs: dict[str, Any] = field(default_factory=dict)
 
 
 def generate(
@@ -139,8 +142,10 @@ def generate(
         arguments["callback_on_step_end"] = _keep_latents(run)
     clock = Clock(device)
     memory = PeakMemory(device)
+    inputs = InputWatch()
     with ExitStack() as stack:
         stack.enter_context(_attached(pipe, engine))
+        stack.enter_context(_watched(pipe, inputs))
         stack.enter_context(_timed_parts(pipe, run, clock, watch or Watch(), label))
         stack.enter_context(prefer_cudnn() if cudnn else nullcontext())
         stack.enter_context(_input_errors(pipe))
@@ -153,7 +158,16 @@ def generate(
     run.guidance = getattr(pipe, "guidance_scale", None)
     if decode:
         run.frames = to_uint8(output.frames[0])
+    run.inputs = _given(arguments, job.seed, run) | inputs.facts(pipe)
     return run
+
+
+def _given(arguments: dict[str, Any], seed: int, run: Run) -> dict[str, Any]:
+    """Arguments of a run by the names they have in a ``Job``, and what came of those that were left out."""
+    given = {name: arguments.get(theirs) for name, theirs in _ARGUMENTS.items()}
+    made = {} if run.frames is None else dict(zip(("frames", "height", "width"), run.frames.shape, strict=False))
+    guidance = given["guidance"] if run.guidance is None else run.guidance
+    return {"prompt": arguments["prompt"], "seed": seed, **given, **made, "steps": len(run.step_s) or given["steps"], "guidance": guidance}
 
 
 def device_of(pipe: Any) -> torch.device:
@@ -176,6 +190,17 @@ def _attached(pipe: Any, engine: Engine | None) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _watched(pipe: Any, inputs: InputWatch) -> Iterator[None]:
+    """Let ``inputs`` see what passes through the pipeline."""
+    scheduler = getattr(pipe, "scheduler", None)
+    with ExitStack() as stack:
+        for owner, name, watched in ((pipe, "encode_prompt", inputs.encoding), (scheduler, "step", inputs.stepping)):
+            if callable(stock := getattr(owner, name, None)):
+                stack.enter_context(_replaced(owner, name, watched(stock)))
+        yield
 
 
 @contextmanager

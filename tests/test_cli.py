@@ -90,6 +90,7 @@ def test_compare(tmp_path, capsys):
     assert run(command) == QUALITY
     assert files(tmp_path / "r") == [
         "dense.mp4",
+        "masks.png",
         "meta/dense.json",
         "meta/sparse.json",
         "report.json",

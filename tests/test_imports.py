@@ -63,6 +63,9 @@ LAYERS = [
     (
         "profile_report",
         "profile_pictures",
+        "call_maps",
+        "html",
+        "inputs",
         "metrics",
         "video",
         "report",

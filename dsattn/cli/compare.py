@@ -28,6 +28,7 @@ FILES = {
     "side_by_side": "side_by_side.mp4",
     "dense": "dense.mp4",
     "sparse": "sparse.mp4",
+    "masks": "masks.png",
     "dense_details": "meta/dense.json",
     "sparse_details": "meta/sparse.json",
 }
@@ -78,6 +79,8 @@ def command(
     # Shown before it is saved: a full disk must not cost the figures.
     print_json(report) if json else print_report(report, out)
     write_json(out / FILES["report"], report)
+    if result.maps is not None:
+        result.maps.write_masks(out / FILES["masks"])
     _save_panels(out / FILES["side_by_side"], result, report)
     if problems:
         raise DsattnError("; ".join(str(problem) for problem in problems))
