@@ -90,12 +90,15 @@ def compare(
 
     def once(name: str, settings: Config | None, label: str, steps: int | None = None, cudnn: bool = False) -> Run:
         engine = None if settings is None else Engine(settings)
-        run = generate(pipe, job, engine, cudnn=cudnn, watch=watch, label=label, steps=steps)
+        wanted = name == "sparse" and result.dense and result.maps is None
+        look = keep_maps if wanted else None
+        run = generate(pipe, job, engine, cudnn=cudnn, watch=watch, label=label, steps=steps, look=look)
         if result.dense:
             check_same(result.dense[0].inputs, run.inputs, ("first dense", name))
-        if engine is not None and name == "sparse" and result.dense and result.maps is None:
-            result.maps = call_maps(engine)
         return run
+
+    def keep_maps(engine: Engine) -> None:
+        result.maps = call_maps(engine)
 
     warm, steps = _warmup(config)
     for name, settings in {"dense": modes["dense"], "sparse": warm}.items():

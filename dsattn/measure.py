@@ -120,6 +120,7 @@ def generate(
     label: str = "",
     steps: int | None = None,
     decode: bool = True,
+    look: Callable[[Engine], None] | None = None,
 ) -> Run:
     """One run of a pipeline, measured. Afterwards the pipeline is as it was.
 
@@ -128,6 +129,7 @@ def generate(
         cudnn: prefer cuDNN inside scaled dot product attention.
         steps: denoising steps, instead of the job's.
         decode: decode the latents to frames.
+        look: called with the engine when the run is measured, and before its plans are let go.
 
     Raises:
         UsageError: a value the pipeline cannot take, or a pipeline dsattn does not know.
@@ -144,7 +146,7 @@ def generate(
     memory = PeakMemory(device)
     inputs = InputWatch()
     with ExitStack() as stack:
-        stack.enter_context(_attached(pipe, engine))
+        stack.enter_context(_attached(pipe, engine, look))
         stack.enter_context(_watched(pipe, inputs))
         stack.enter_context(_timed_parts(pipe, run, clock, watch or Watch(), label))
         stack.enter_context(prefer_cudnn() if cudnn else nullcontext())
@@ -176,7 +178,7 @@ def device_of(pipe: Any) -> torch.device:
 
 
 @contextmanager
-def _attached(pipe: Any, engine: Engine | None) -> Iterator[None]:
+def _attached(pipe: Any, engine: Engine | None, look: Callable[[Engine], None] | None) -> Iterator[None]:
     if engine is None:
         yield
         return
@@ -188,6 +190,8 @@ def _attached(pipe: Any, engine: Engine | None) -> Iterator[None]:
         raise UsageError(f"dsattn cannot be used on this {type(pipe).__name__}: {error}") from error
     try:
         yield
+        if look is not None:
+            look(engine)
     finally:
         handle.remove()
 
