@@ -327,7 +327,7 @@ def _verdict(report: dict[str, Any]) -> dict[str, Any]:
         tokens = report["shape"]["tokens"]
         if share is not None and ceiling is not None and share < 0.5:
             reasons.append(
-                f"too few tokens: attention is {share:.0%} of the dense run at {tokens:,} tokens: free attention would give "
+                f"too few tokens: attention is {share:.0%} of the dense run at {tokens:,} tokens, so free attention would give "
                 f"{ceiling:.2f}x; more frames or pixels raise that"
             )
         if runs["sparse"]["plan_s"]:
