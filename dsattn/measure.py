@@ -169,7 +169,14 @@ def _given(arguments: dict[str, Any], seed: int, run: Run) -> dict[str, Any]:
     given = {name: arguments.get(theirs) for name, theirs in _ARGUMENTS.items()}
     made = {} if run.frames is None else dict(zip(("frames", "height", "width"), run.frames.shape, strict=False))
     guidance = given["guidance"] if run.guidance is None else run.guidance
-    return {"prompt": arguments["prompt"], "seed": seed, **given, **made, "steps": len(run.step_s) or given["steps"], "guidance": guidance}
+    return {
+        "prompt": arguments["prompt"],
+        "seed": seed,
+        **given,
+        **made,
+        "steps": len(run.step_s) or given["steps"],
+        "guidance": guidance,
+    }
 
 
 def device_of(pipe: Any) -> torch.device:

@@ -30,7 +30,9 @@ def read_report(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"report {path} cannot be read: {error}") from error
     except (json.JSONDecodeError, RecursionError) as error:
-        raise UsageError(f"report {path} is no JSON file ({error}); expected report.json of 'dsattn compare'") from error
+        raise UsageError(
+            f"report {path} is no JSON file ({error}); expected report.json of 'dsattn compare'"
+        ) from error
     name = value.get("schema") if isinstance(value, dict) else None
     if not isinstance(name, str) or name not in SCHEMAS:
         raise UsageError(

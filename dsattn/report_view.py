@@ -69,9 +69,7 @@ def rows(report: dict[str, Any]) -> list[Row]:
         found.append(Row("error", "0", percent(error["overall"]), "", note))
     note = "of the transformer; planning and pooled tails are not counted"
     both = (flops["dense"], flops["sparse"])
-    found.append(
-        Row("FLOPs", f"{both[0]:.2e}", f"{both[1]:.2e}", times(flops["bound"]), note, 0, both, brief=False)
-    )
+    found.append(Row("FLOPs", f"{both[0]:.2e}", f"{both[1]:.2e}", times(flops["bound"]), note, 0, both, brief=False))
     return found
 
 
@@ -86,7 +84,12 @@ def _times(report: dict[str, Any]) -> list[Row]:
     plan = middle(sparse["plan_s"])
     whole = None if attention[1] is None or plan is None else attention[1] + plan
     parts = [
-        ("E2E", "e2e", speed["headline"], f"median of {protocol['repeats']}{spread}, {protocol['order']}; warm-up excluded"),
+        (
+            "E2E",
+            "e2e",
+            speed["headline"],
+            f"median of {protocol['repeats']}{spread}, in turns {protocol['order']}; warm-up excluded",
+        ),
         ("denoise", "denoise", times(speed["denoise"]), f"{steps}{', layers ' + layers + ' too' if layers else ''}"),
     ]
     found = [

@@ -26,7 +26,9 @@ from dsattn.video import check_writable
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for the profile and its pictures.")]
 
-Html = Annotated[bool, typer.Option("--html", help="Also write report.html: one file with maps and charts, for a browser.")]
+Html = Annotated[
+    bool, typer.Option("--html", help="Also write report.html: one file with maps and charts, for a browser.")
+]
 
 SCHEMA = "dsattn.profile-report/2"
 MASKS, PAGE = "masks.png", "report.html"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 STYLES = 6
+MANY_POINTS = 60
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,13 @@ class Series:
 
     values: one per x; None where there is none, which interrupts the line.
     style: class of colour and dash, taken modulo ``STYLES``.
+    dots: mark the points, unless they are very many.
     """
 
     name: str
     values: Sequence[float | None]
     style: int = 0
+    dots: bool = True
 
 
 @dataclass(frozen=True)
@@ -115,21 +118,22 @@ def line_chart(
 
 
 def _curve(x: Sequence[float], one: Series, across: Axis, up: Axis) -> Markup:
-    path, open_ = [], False
+    path, dots, open_ = [], [], False
     for place, value in zip(x, one.values, strict=True):
         if value is None:
             open_ = False
             continue
         point = f"{across.place(place):.2f} {100 - up.place(value):.2f}"
-        # A point between two gaps is a line of no length, which its round ends make a dot.
-        path.append(f"L{point}" if open_ else f"M{point}h0")
+        path.append(f"L{point}" if open_ else f"M{point}")
+        dots.append(f"M{point}h0")
         open_ = True
-    return Markup('<path class="curve s{}" d="{}"><title>{}</title></path>').format(
-        one.style % STYLES, "".join(path), one.name
+    # A line of no length is a dot, by its round ends.
+    few = "".join(dots) if len(dots) <= MANY_POINTS and one.dots else ""
+    return Markup('<path class="curve s{0}" d="{1}"><title>{2}</title></path><path class="dots s{0}" d="{3}"/>').format(
+        one.style % STYLES, "".join(path), one.name, few
     )
 
 
 def _round_step(step: float) -> float:
     power = 10.0 ** math.floor(math.log10(step))
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= step * 0.999)
-

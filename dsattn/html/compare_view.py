@@ -111,9 +111,13 @@ def _cards(report: dict[str, Any]) -> list[dict[str, Any]]:
         },
         {
             "name": "density",
-            "value": f"{density['all_calls']:.0%}",
+            "value": f"{100 * density['all_calls']:.0f} %",
             "note": "of all query-key pairs computed; "
-            + ("no sparse call" if density["sparse_calls"] is None else f"{density['sparse_calls']:.0%} in sparse calls"),
+            + (
+                "no sparse call"
+                if density["sparse_calls"] is None
+                else f"{100 * density['sparse_calls']:.0f} % in sparse calls"
+            ),
             "bad": False,
         },
     ]
@@ -132,8 +136,9 @@ def _missing_videos(report: dict[str, Any]) -> str:
 def _speed_row(row: report_view.Row) -> dict[str, Any]:
     top = max(row.pair) if row.pair else 0
     bars = [round(100 * value / top, 1) for value in row.pair] if row.pair and top else None
-    values = {name: getattr(row, name) for name in ("name", "dense", "sparse", "ratio", "note", "level")}
-    return {**values, "bars": bars}
+    values = {name: getattr(row, name) for name in ("dense", "sparse", "ratio", "note", "level")}
+    name = {"E2E": "End to end"}.get(row.name, row.name[0].upper() + row.name[1:])
+    return {**values, "name": name, "bars": bars}
 
 
 def _psnr_chart(values: list[float | None]) -> Any:
@@ -166,19 +171,20 @@ def _fidelity(found: dict[str, Any]) -> list[tuple[str, str]]:
 def _step_charts(report: dict[str, Any]) -> list[Any]:
     """Density and error over steps; of old reports too."""
     charts = []
+    steps = [row["step"] for row in report["density"]["by_step"]]
     target = report["runs"]["sparse"]["config"].get("target_error")
     for part, key, name in (("density", "density", "Density"), ("estimated_error", "error", "Estimated error")):
         rows = report[part]["by_step"]
-        if len(rows) < 2:
+        if not rows:
             continue
         x = [row["step"] for row in rows]
         series = [Series(name if key == "error" else "", [100 * row[key] for row in rows])]
         if key == "error" and isinstance(target, (int, float)):
-            series.append(Series("asked for", [100 * target] * len(x), 1))
+            series.append(Series("asked for", [100 * target] * len(x), 1, dots=False))
         values = [value for one in series for value in one.values]
         up = fitted(f"{name} over steps, % (all layers and heads)", values, zero=True)
         text = f"{name} by step: " + ", ".join(f"step {row['step']} {row[key]:.1%}" for row in rows)
-        charts.append(line_chart(text, x, series, steps_axis("step", x), up))
+        charts.append(line_chart(text, x, series, steps_axis("step", steps), up))
     return charts
 
 

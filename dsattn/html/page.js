@@ -197,6 +197,7 @@
   const build = () => {
     const p = panel(), count = columns();
     grid.replaceChildren();
+    grid.style.setProperty("--columns", count);
     const head = grid.createTHead().insertRow();
     head.setAttribute("role", "row");
     const add = (row, tag, role, text, name) => {

@@ -68,8 +68,9 @@ def _cards(report: dict[str, Any]) -> list[dict[str, Any]]:
         {"name": "chosen most often", "value": name, "note": f"{number} of {total} heads", "bad": False},
         {
             "name": "density",
-            "value": f"{density['all_calls']:.0%}",
-            "note": "of all pairs; " + ("no sparse call" if sparse is None else f"{sparse:.0%} in sparse calls"),
+            "value": f"{100 * density['all_calls']:.0f} %",
+            "note": "of all pairs; "
+            + ("no sparse call" if sparse is None else f"{100 * sparse:.0f} % in sparse calls"),
             "bad": False,
         },
         {
@@ -100,8 +101,13 @@ def _curves(group: dict[str, Any]) -> dict[str, Any]:
 
 def _settings(report: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     names = ("prompt", "negative_prompt", "seed", "steps", "guidance", "tokens")
+    grid = report["grid"]
+    shape = {
+        "latent grid": " × ".join(str(grid[n]) for n in ("frames", "height", "width")),
+        "text tokens": grid["text"],
+    }
     return [
-        ("Run", parts.facts({**report["model"], **{name: report[name] for name in names}, **report["grid"]})),
+        ("Run", parts.facts({**report["model"], **{name: report[name] for name in names}, **shape})),
         ("Method", parts.facts(report["config"])),
         ("Environment", parts.facts(report["env"])),
         ("Pipeline", parts.facts(report["pipeline"])),
