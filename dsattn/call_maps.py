@@ -133,10 +133,10 @@ def _mask_rows(engine: Engine, panel: dict[str, Any], bins: int) -> list[NDArray
         row = np.full((bins, panel["heads"] * bins), 255, np.uint8)
         if entry is not None and entry.plan is not None:
             shares = thumbnail(entry.plan, bins).mean(0)
-            # A plan may hold for all heads alike; sequences shorter than the bins fill a corner only.
-            shares = shares.expand(panel["heads"], -1, -1).numpy()
-            index = [np.arange(bins) * n // bins for n in shares.shape[1:]]
-            full = shares[:, index[0]][:, :, index[1]]
+            # A plan may hold for all heads alike; a sequence shorter than the bins is enlarged.
+            values = shares.expand(panel["heads"], -1, -1).numpy()
+            index = [np.arange(bins) * n // bins for n in values.shape[1:]]
+            full = values[:, index[0]][:, :, index[1]]
             row = np.rint(255 * full).astype(np.uint8).transpose(1, 0, 2).reshape(bins, -1)
         rows.append(row)
     return rows

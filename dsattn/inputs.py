@@ -54,7 +54,7 @@ class InputWatch:
         return watched
 
     def facts(self, pipe: Any) -> dict[str, str | None]:
-        """Scheduler, dtype, and digests of schedule, prompt embeddings and first latents; None for what was not seen."""
+        """Scheduler, dtype, digests of schedule, prompt embeddings and first latents; None for what was not seen."""
         scheduler = getattr(pipe, "scheduler", None)
         schedule = [getattr(scheduler, name, None) for name in ("timesteps", "sigmas")]
         return {

@@ -327,8 +327,8 @@ def _verdict(report: dict[str, Any]) -> dict[str, Any]:
         tokens = report["shape"]["tokens"]
         if share is not None and ceiling is not None and share < 0.5:
             reasons.append(
-                f"too few tokens: attention is {share:.0%} of the dense run at {tokens:,} tokens, so free attention would give "
-                f"{ceiling:.2f}x; more frames or pixels raise that"
+                f"too few tokens: attention is {share:.0%} of the dense run at {tokens:,} tokens, so free attention "
+                f"would give {ceiling:.2f}x; more frames or pixels raise that"
             )
         if runs["sparse"]["plan_s"]:
             plan = statistics.median(runs["sparse"]["plan_s"]) / runs["sparse"]["e2e"]["median"]

@@ -18,6 +18,8 @@ SCHEMA = "dsattn.diff/1"
 _MACHINE = ("gpu", "cpu", "threads", "os", "driver", "cuda", "python", "torch", "triton", "diffusers", "transformers")
 _MODEL = ("id", "revision", "pipeline", "dtype", "device")
 _SHAPE = ("height", "width", "frames", "steps", "guidance", "tokens", "batch")
+_Differences = list[tuple[str, Any, Any]]
+_Look = Callable[[dict[str, Any]], "float | None"]
 _CLIP = ("prompt", "negative_prompt", "seed")
 # Dense runs further apart than this say that the machine was not in the same state.
 STEADY = 0.05
@@ -67,13 +69,11 @@ def _about(report: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _differing(
-    first: Mapping[str, Any], second: Mapping[str, Any], names: tuple[str, ...]
-) -> list[tuple[str, Any, Any]]:
+def _differing(first: Mapping[str, Any], second: Mapping[str, Any], names: tuple[str, ...]) -> _Differences:
     return [(name, first.get(name), second.get(name)) for name in names if first.get(name) != second.get(name)]
 
 
-def _say(found: list[tuple[str, Any, Any]]) -> list[str]:
+def _say(found: _Differences) -> list[str]:
     return [f"{name}: {_word(a)} against {_word(b)}" for name, a, b in found]
 
 
@@ -104,6 +104,8 @@ def _against_fidelity(first: dict[str, Any], second: dict[str, Any]) -> list[str
 def _notes(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     a, b = (report["runs"]["dense"]["e2e"]["median"] for report in (first, second))
     notes = []
+    if _differing(first["env"], second["env"], ("dsattn", "git")):
+        notes.append("dsattn itself differs: what changed may be its code rather than the settings")
     if abs(a / b - 1) > STEADY:
         notes.append(
             f"the dense runs took {seconds(a)} and {seconds(b)} ({abs(a / b - 1):.0%} apart) though they did the same: "
@@ -119,12 +121,15 @@ def _notes(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
 
 def _settings(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, Any]]:
     sparse = [report["runs"]["sparse"] for report in (first, second)]
+    config = [{"method": run["method"], **run["config"]} for run in sparse]
+    clip = [{name: report[name] for name in _CLIP} for report in (first, second)]
+    protocol = [{name: report["protocol"][name] for name in ("baseline", "repeats")} for report in (first, second)]
     groups: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [
-        ("", *({name: report[name] for name in _CLIP} for report in (first, second))),
-        ("", *({"method": run["method"], **run["config"]} for run in sparse)),
+        ("", clip[0], clip[1]),
+        ("", config[0], config[1]),
         ("model ", first["model"], second["model"]),
         ("", first["shape"], second["shape"]),
-        ("protocol ", *({n: report["protocol"][n] for n in ("baseline", "repeats")} for report in (first, second))),
+        ("protocol ", protocol[0], protocol[1]),
         ("", first["env"], second["env"]),
     ]
     return [
@@ -135,27 +140,26 @@ def _settings(first: dict[str, Any], second: dict[str, Any]) -> list[dict[str, A
 
 
 def _results(first: dict[str, Any], second: dict[str, Any], speed: bool, fidelity: bool) -> list[dict[str, Any]]:
-    Look = Callable[[dict[str, Any]], float | None]
-    ratio: list[tuple[str, Look]] = [
+    ratio: list[tuple[str, _Look]] = [
         ("E2E speedup", lambda r: r["speedup"]["e2e"]),
         ("denoise speedup", lambda r: r["speedup"]["denoise"]),
         ("attention speedup, with planning", lambda r: r["speedup"]["attention_with_plan"]),
     ]
-    time: list[tuple[str, Look]] = [
+    time: list[tuple[str, _Look]] = [
         ("E2E dense", lambda r: r["runs"]["dense"]["e2e"]["median"]),
         ("E2E sparse", lambda r: r["runs"]["sparse"]["e2e"]["median"]),
         ("attention sparse", lambda r: middle(r["runs"]["sparse"]["attention_s"])),
         ("planning", lambda r: middle(r["runs"]["sparse"]["plan_s"])),
     ]
-    memory: list[tuple[str, Look]] = [
-        ("peak memory sparse", lambda r: max(r["runs"]["sparse"]["peak_memory"].values()))
+    memory: list[tuple[str, _Look]] = [
+        ("peak memory sparse", lambda r: max(r["runs"]["sparse"]["peak_memory"].values(), default=None))
     ]
-    share: list[tuple[str, Look]] = [
+    share: list[tuple[str, _Look]] = [
         ("density, all calls", lambda r: r["density"]["all_calls"]),
         ("density, sparse calls", lambda r: r["density"]["sparse_calls"]),
         ("estimated error", lambda r: r["estimated_error"]["overall"]),
     ]
-    quality: list[tuple[str, Look]] = [
+    quality: list[tuple[str, _Look]] = [
         ("PSNR, mean", lambda r: r["fidelity"]["psnr"]["mean"]),
         ("PSNR, worst frame", lambda r: r["fidelity"]["psnr"]["worst"]),
         ("SSIM, mean", lambda r: r["fidelity"]["ssim"]["mean"]),

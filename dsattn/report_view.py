@@ -139,11 +139,10 @@ def fidelity(report: dict[str, Any]) -> str:
     """PSNR, SSIM, distance of latents, and what two dense runs differ by."""
     found = report["fidelity"]
     psnr, ssim, floor = found["psnr"], found["ssim"], found["noise_floor"]
-    text = (
-        "identical to dense"
-        if psnr["identical"]
-        else f"PSNR {psnr['mean']:.1f} dB (worst frame {psnr['worst']:.1f})   SSIM {ssim['mean']:.3f} (worst {ssim['worst']:.3f})"
-    )
+    text = "identical to dense"
+    if not psnr["identical"]:
+        text = f"PSNR {psnr['mean']:.1f} dB (worst frame {psnr['worst']:.1f})"
+        text += f"   SSIM {ssim['mean']:.3f} (worst {ssim['worst']:.3f})"
     if found["latent_relative_l2"] is not None:
         text += f"   latents rel. L2 {found['latent_relative_l2']:.3f}"
     return f"{text}   [dense against dense: {noise_floor(floor)}]"

@@ -68,4 +68,4 @@ def _refused(found: dict[str, Any]) -> set[str]:
 def _word(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_word, value)) or "none"
-    return "none" if value is None else str(value)
+    return "–" if value is None else str(value)

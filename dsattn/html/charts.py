@@ -96,7 +96,8 @@ def line_chart(
     )
     legend = Markup("").join(
         Markup(
-            '<li><svg class="key" viewBox="0 0 28 8" aria-hidden="true"><path class="curve s{}" d="M0 4H28"/></svg>{}</li>'
+            '<li><svg class="key" viewBox="0 0 28 8" aria-hidden="true"><path class="curve s{}" d="M0 4H28"/></svg>'
+            "{}</li>"
         ).format(one.style % STYLES, one.name)
         for one in series
         if one.name

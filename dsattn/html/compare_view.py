@@ -112,12 +112,7 @@ def _cards(report: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "name": "density",
             "value": f"{100 * density['all_calls']:.0f} %",
-            "note": "of all query-key pairs computed; "
-            + (
-                "no sparse call"
-                if density["sparse_calls"] is None
-                else f"{100 * density['sparse_calls']:.0f} % in sparse calls"
-            ),
+            "note": f"of all query-key pairs computed; {parts.sparse_share(density['sparse_calls'])}",
             "bad": False,
         },
     ]

@@ -34,6 +34,11 @@ def _word(value: Any) -> str:
     return str(value)
 
 
+def sparse_share(density: float | None) -> str:
+    """Density of the sparse calls, in words."""
+    return "no sparse call" if density is None else f"{100 * density:.0f} % in sparse calls"
+
+
 def maps(found: dict[str, Any] | None, embed: Callable[[str | None], str | None], missing: str) -> dict[str, Any]:
     """What the template needs for the explorer."""
     thumbnails = None if found is None else found["thumbnails"]

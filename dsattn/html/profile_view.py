@@ -61,7 +61,6 @@ def _cards(report: dict[str, Any]) -> list[dict[str, Any]]:
     for layer in report["layers"]:
         heads.update(layer["methods"])
     density, error = report["density"], report["estimated_error"]
-    sparse = density["sparse_calls"]
     name, number = heads.most_common(1)[0] if heads else ("none", 0)
     target, total = report["config"].get("target_error"), sum(heads.values())
     return [
@@ -69,8 +68,7 @@ def _cards(report: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "name": "density",
             "value": f"{100 * density['all_calls']:.0f} %",
-            "note": "of all pairs; "
-            + ("no sparse call" if sparse is None else f"{100 * sparse:.0f} % in sparse calls"),
+            "note": f"of all query-key pairs computed; {parts.sparse_share(density['sparse_calls'])}",
             "bad": False,
         },
         {
