@@ -181,11 +181,11 @@
     element.textContent = seen ? seen.text : "–";
     let background = "", ink = "";
     if (seen && seen.share !== undefined) {
-      const share = Math.round(100 * clamp(seen.share, 0, 1));
-      background = `color-mix(in oklab, var(--hi) ${share}%, var(--lo))`;
-      ink = share > 52 ? "var(--hi-ink)" : "";
+      element.classList.add("heat");
+      element.style.setProperty("--share", clamp(seen.share, 0, 1).toFixed(3));
     } else if (seen && seen.category.startsWith("m")) {
       background = `color-mix(in oklab, var(${methodColours[seen.category.slice(1)]}) 38%, var(--panel))`;
+      ink = "var(--ink)";
     } else if (seen) {
       background = `var(--${seen.category})`;
       ink = "var(--k-ink)";

@@ -62,15 +62,15 @@ def render(report: dict[str, Any], folder: Path) -> str:
 
 def data_uri(folder: Path, name: str) -> str | None:
     """A file that a report names, as a data URI; None if it is missing, too large, or not in the report's folder."""
-    file = (folder / name).resolve()
-    # A report may come from somebody else: it must not make the page carry other files of this machine.
-    if not file.is_relative_to(folder.resolve()) or file.suffix not in _MIME:
-        return None
     try:
+        file = (folder / name).resolve()
+        # A report may come from somebody else: it must not make the page carry other files of this machine.
+        if not file.is_relative_to(folder.resolve()) or file.suffix not in _MIME:
+            return None
         if not file.is_file() or file.stat().st_size > LARGEST:
             return None
         content = file.read_bytes()
-    except OSError:
+    except (OSError, ValueError):  # a name with a zero byte is no OSError
         return None
     return f"data:{_MIME[file.suffix]};base64,{base64.b64encode(content).decode()}"
 
