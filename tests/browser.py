@@ -38,9 +38,7 @@ def chromium() -> Iterator[Any]:
 @contextmanager
 def opened(browser: Any, url: str, *, width: int = 1280, height: int = 900, dark: bool = False) -> Iterator[Any]:
     """A page that must load without an error, a message in the console, or a request of anything but itself."""
-    context = browser.new_context(
-        viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
-    )
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
     page = context.new_page()
     problems: list[str] = []
     page.on("console", lambda message: problems.append(f"{message.type}: {message.text}"))

@@ -44,7 +44,9 @@ def maps(layers: int = 2, heads: int = 3, steps: int = 4, bins: int = 12) -> Cal
                 "kinds": kinds,
                 "density": [[values(there) for there in row] for row in sparse],
                 "error": [[values(there and s % 2 == 0) for s, there in enumerate(row)] for row in sparse],
-                "layer_error": [[0.1 if there and s % 2 == 0 else None for s, there in enumerate(row)] for row in sparse],
+                "layer_error": [
+                    [0.1 if there and s % 2 == 0 else None for s, there in enumerate(row)] for row in sparse
+                ],
                 "methods": [["semantic", "topk", "dense"][:heads] + ["topk"] * (heads - 3) for _ in range(layers)],
             }
         )

@@ -176,7 +176,9 @@ def test_video_plays_and_follows_the_scrubber(browser, folder):
         for _ in range(4):
             page.keyboard.press("ArrowRight")
         until(page, f"{seen}.join() === '4,4'")
-        assert page.locator("#frame-text").inner_text() == "5 of 5" and "PSNR" in page.locator("#frame-note").inner_text()
+        assert (
+            page.locator("#frame-text").inner_text() == "5 of 5" and "PSNR" in page.locator("#frame-note").inner_text()
+        )
         assert page.locator("#psnr .cursor").get_attribute("style") == "left: 100%;"
         # 32 levels brighter than the dense one by now, amplified four times.
         until(page, f"{colour} > 80")
@@ -232,7 +234,10 @@ def test_maps(browser, folder):
         page.locator("#step").fill("3")
         assert page.evaluate(cells)[0] == ["100"] * 3 and "fallback" in page.locator("#step-text").inner_text()
         page.locator("#what label:has-text('Error')").click()
-        assert page.evaluate(cells)[1] == ["–"] * 3 and "Steps with an estimate: 2" in page.locator("#map-note").inner_text()
+        assert (
+            page.evaluate(cells)[1] == ["–"] * 3
+            and "Steps with an estimate: 2" in page.locator("#map-note").inner_text()
+        )
         page.locator("#step").fill("2")
         assert page.evaluate(cells) == shown([panel["error"][layer][2] for layer in (0, 1)])
         page.locator("#what label:has-text('Method')").click()

@@ -37,7 +37,11 @@ def test_two_methods():
     assert {"name": "method", "a": "auto", "b": "semantic"} in found["settings"]
     assert {"name": "density", "a": None, "b": 0.06} in found["settings"]
     rows = results(found)
-    assert (rows["E2E speedup"]["a"], rows["E2E speedup"]["b"], rows["E2E speedup"]["change"]) == ("1.80x", "2.08x", "1.15x")
+    assert (rows["E2E speedup"]["a"], rows["E2E speedup"]["b"], rows["E2E speedup"]["change"]) == (
+        "1.80x",
+        "2.08x",
+        "1.15x",
+    )
     assert rows["PSNR, mean"]["change"] == "-0.5 dB" and rows["estimated error"]["change"] == "+2.8 points"
     assert any("the dense runs took 102.6 s and 108.6 s" in note for note in found["notes"])
     assert any("dsattn itself differs" in note for note in found["notes"])
@@ -101,7 +105,9 @@ def test_bad_files_are_one_clear_line(name, command, tmp_path, capsys, monkeypat
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     before = sorted(tmp_path.iterdir())
-    assert run([command, name, "--html", "x.html"] if command == "report" else [command, str(COMMITTED[0]), name]) == USAGE
+    assert (
+        run([command, name, "--html", "x.html"] if command == "report" else [command, str(COMMITTED[0]), name]) == USAGE
+    )
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("dsattn: error: ") and err.count("\n") == 1, err
     assert all(word in err for word in words), err

@@ -27,7 +27,11 @@ def command(report: File, html: Html = None) -> None:
         check_writable(html)
     found = read_report(report)
     folder = report.parent
-    (print_profile if is_profile(found) else print_report)(found, folder)
+    if is_profile(found):
+        print_profile(found, folder)
+    else:
+        there = {name: file for name, file in found["files"].items() if (folder / file).is_file()}
+        print_report({**found, "files": there}, folder)
     if html is not None:
         write_page(html, found, folder)
         typer.echo(f"wrote {html}")
