@@ -92,11 +92,21 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         ValueError: a value has no place in JSON.
 
     """
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    # A list of numbers on one line; no text of JSON holds the line break that the pattern asks for.
-    text = _NUMBERS.sub(lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
+    text = json_text(value)
     with atomic(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text + "\n", encoding="utf-8")
+
+
+def json_text(value: Any) -> str:
+    """JSON for people too: indented, a list of numbers on one line.
+
+    Raises:
+        ValueError: not-a-number, infinity, or a value that has no place in JSON.
+
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    # No text of JSON holds the line break that the pattern asks for.
+    return _NUMBERS.sub(lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
 
 
 def environment() -> dict[str, Any]:

@@ -165,6 +165,15 @@ def test_profile_and_its_use(tmp_path, capsys):
     assert "Candidates of every layer" in Path("p/report.html").read_text(encoding="utf-8")
     assert len(report["layers"]) == 12 and report["tokens"] == 3 * 8 * 8 and report["fallbacks"] == []
 
+    old = {name: value for name, value in report.items() if name not in ("created", "curves", "maps")}
+    Path("old.json").write_text(json.dumps({**old, "schema": "dsattn.profile-report/1"}))
+    for name in ("old.json", "p/report.json"):
+        assert run(["report", name, "--html", "page.html"]) == 0
+        assert "heads by method" in capsys.readouterr().out
+        assert ("Not recorded" in Path("page.html").read_text(encoding="utf-8")) == (name == "old.json")
+    for name in ("old.json", "page.html"):
+        Path(name).unlink()
+
     other = "a small blue square moves up over a plain background"
     assert run(["generate", other, *arguments, "--profile", "p/profile.json", "--json"]) == 0
     side = json.loads(capsys.readouterr().out)

@@ -215,7 +215,8 @@ def test_views(browser, folder):
 def test_maps(browser, folder):
     panel = maps().panels[0]
     with opened(browser, (folder / "report.html").as_uri()) as page:
-        cells = "[...document.querySelectorAll('#grid tbody tr')].map(r => [...r.querySelectorAll('td')].map(c => c.textContent))"
+        cells = """[...document.querySelectorAll('#grid tbody tr')].map(
+            r => [...r.querySelectorAll('td')].map(c => c.textContent))"""
 
         def shown(values):
             return [["–" if v is None else f"{100 * v:.{1 if v < 0.0995 else 0}f}" for v in row] for row in values]
@@ -226,7 +227,8 @@ def test_maps(browser, folder):
         page.keyboard.press("ArrowDown")
         assert page.locator("#cell-title").inner_text() == "Layer 1, head 1"
         assert "method topk" in page.locator("#cell-text").inner_text()
-        pixels = "document.getElementById('mask').getContext('2d').getImageData(0, 0, 12, 12).data.filter((_, i) => i % 4 === 0).join()"
+        pixels = """[...document.getElementById('mask').getContext('2d').getImageData(0, 0, 12, 12).data].filter(
+            (_, i) => i % 4 === 0).join()"""
         want = maps().masks[12:24, 12:24].flatten().tolist()
         assert page.evaluate(pixels) == ",".join(map(str, want)), "the mask of layer 1, head 1"
         page.locator("#grid td").nth(5).hover()
@@ -289,8 +291,9 @@ def test_controls_have_names_and_text_has_contrast(browser, folder):
     for dark in (False, True):
         with opened(browser, (folder / "report.html").as_uri(), dark=dark) as page:
             nameless = page.evaluate(
-                """[...document.querySelectorAll('button, input, select, video, canvas, svg[role=img]')].filter(e =>
-                !(e.textContent.trim() || e.getAttribute('aria-label') || e.labels?.[0]?.textContent.trim())).map(e => e.outerHTML)"""
+                """[...document.querySelectorAll('button, input, select, video, canvas, svg[role=img]')].filter(e => !(
+                e.textContent.trim() || e.getAttribute('aria-label') || e.labels?.[0]?.textContent.trim()
+                )).map(e => e.outerHTML)"""
             )
             assert nameless == []
             assert page.evaluate(CONTRAST) == []
@@ -308,9 +311,21 @@ def test_controls_have_names_and_text_has_contrast(browser, folder):
 # Text that stands out from what is behind it by less than 4.5 to 1, as WCAG 2.2 counts.
 CONTRAST = """(() => {
   const canvas = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
-  const rgba = (text) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = text; canvas.fillRect(0, 0, 1, 1); return [...canvas.getImageData(0, 0, 1, 1).data]; };
-  const light = ([r, g, b]) => { const f = (v) => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; return .2126 * f(r) + .7152 * f(g) + .0722 * f(b); };
-  const behind = (e) => { for (; e; e = e.parentElement) { const c = rgba(getComputedStyle(e).backgroundColor); if (c[3] === 255) return c; } return [255, 255, 255]; };
+  const rgba = (text) => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = text;
+    canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data];
+  };
+  const linear = (v) => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => .2126 * linear(r) + .7152 * linear(g) + .0722 * linear(b);
+  const behind = (e) => {
+    for (; e; e = e.parentElement) {
+      const colour = rgba(getComputedStyle(e).backgroundColor);
+      if (colour[3] === 255) return colour;
+    }
+    return [255, 255, 255];
+  };
   const bad = [];
   for (const e of document.querySelectorAll('main *, header *, footer')) {
     if (!e.offsetWidth || ![...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())) continue;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,14 @@ import typer
 
 from dsattn.cli.options import Request
 from dsattn.measure import Run
-from dsattn.report import environment
+from dsattn.report import environment, json_text
 
 RUN_SCHEMA = "dsattn.run/1"
 
 
 def print_json(value: Any) -> None:
     """To standard output."""
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+    typer.echo(json_text(value))
 
 
 def sidecar(path: Path) -> Path:

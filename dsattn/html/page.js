@@ -105,6 +105,8 @@
     });
     frame.addEventListener("input", () => { if (playing) stop(); seek(Number(frame.value)); });
     for (const video of [dense, sparse]) {
+      video.removeAttribute("controls");
+      video.addEventListener("error", () => { $("frame-note").textContent = "This browser cannot play these videos (H.264 in mp4)."; });
       video.addEventListener("seeked", draw);
       video.addEventListener("loadeddata", draw);
       video.addEventListener("click", () => play.click());
@@ -198,6 +200,7 @@
     const p = panel(), count = columns();
     grid.replaceChildren();
     grid.style.setProperty("--columns", count);
+    grid.classList.toggle("many", count > 16);
     const head = grid.createTHead().insertRow();
     head.setAttribute("role", "row");
     const add = (row, tag, role, text, name) => {
