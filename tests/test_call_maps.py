@@ -68,9 +68,8 @@ def test_calls_that_are_missing_or_fell_back():
 
 
 def test_errors_that_are_no_numbers_and_short_sequences(tmp_path):
-    engine = run(
-        Engine("topk", impl="torch", block_q=4, block_k=4, monitor=4, refresh=1), 1, 1, grid=VideoGrid(1, 2, 3)
-    )
+    options = {"impl": "torch", "block_q": 16, "block_k": 16, "monitor": 4, "refresh": 1}
+    engine = run(Engine("topk", **options), 1, 1, grid=VideoGrid(1, 2, 3), branches=("cond",))
     engine.stats.records[0].error = torch.tensor([float("nan"), float("inf")])
     found = call_maps(engine)
     assert found.panels[0]["error"] == [[[None, None]]] and found.masks.shape == (BINS, 2 * BINS)
