@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from dsattn.call_maps import CallMaps, call_maps
 from dsattn.config import Config
 from dsattn.engine import Engine
 from dsattn.errors import UsageError
+from dsattn.inputs import check_same
 from dsattn.measure import Job, Run, Watch, device_of, generate
 from dsattn.survey import Baseline, Survey, survey
 
@@ -27,6 +29,7 @@ class Comparison:
         instrumented: a run per mode with GPU events around attention; empty on a CPU, where every run carries timers.
         warmup_s: seconds of each mode's warm-up, compilation included.
         compiled_while_measuring: graphs compiled during measured runs; above 0 the times are too long.
+        maps: what every call of the first sparse run did.
 
     """
 
@@ -39,6 +42,7 @@ class Comparison:
     warmup_s: dict[str, float] = field(default_factory=dict)
     order: str = ""
     compiled_while_measuring: int = 0
+    maps: CallMaps | None = None
 
 
 def compare(
@@ -63,6 +67,7 @@ def compare(
 
     Raises:
         UsageError: a value the pipeline cannot take, or a pipeline dsattn does not know.
+        ArmsDifferError: two runs were given different seeds, prompts, sizes, schedules or latents.
 
     """
     if repeats < 1:
@@ -85,7 +90,15 @@ def compare(
 
     def once(name: str, settings: Config | None, label: str, steps: int | None = None, cudnn: bool = False) -> Run:
         engine = None if settings is None else Engine(settings)
-        return generate(pipe, job, engine, cudnn=cudnn, watch=watch, label=label, steps=steps)
+        wanted = name == "sparse" and result.dense and result.maps is None
+        look = keep_maps if wanted else None
+        run = generate(pipe, job, engine, cudnn=cudnn, watch=watch, label=label, steps=steps, look=look)
+        if result.dense:
+            check_same(result.dense[0].inputs, run.inputs, ("first dense", name))
+        return run
+
+    def keep_maps(engine: Engine) -> None:
+        result.maps = call_maps(engine)
 
     warm, steps = _warmup(config)
     for name, settings in {"dense": modes["dense"], "sparse": warm}.items():

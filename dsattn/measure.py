@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dsattn.engine import Engine
 from dsattn.errors import DsattnError, UsageError
+from dsattn.inputs import InputWatch
 from dsattn.metrics import Clock, Frames, PeakMemory
 from dsattn.video import to_uint8
 
@@ -91,6 +92,7 @@ class Run:
         summary: the engine's; None for the plain pipeline.
         frames: ``[frames, height, width, 3]`` uint8 as decoded; None if not decoded.
         latents: after the last step, or what the decoder was given; see ``latents_from``.
+        inputs: what the run was given besides its attention, see ``dsattn.inputs``.
 
     """
 
@@ -105,6 +107,7 @@ class Run:
     frames: Frames | None = None
     latents: Tensor | None = None
     latents_from: str = ""
+    inputs: dict[str, Any] = field(default_factory=dict)
 
 
 def generate(
@@ -117,6 +120,7 @@ def generate(
     label: str = "",
     steps: int | None = None,
     decode: bool = True,
+    look: Callable[[Engine], None] | None = None,
 ) -> Run:
     """One run of a pipeline, measured. Afterwards the pipeline is as it was.
 
@@ -125,6 +129,7 @@ def generate(
         cudnn: prefer cuDNN inside scaled dot product attention.
         steps: denoising steps, instead of the job's.
         decode: decode the latents to frames.
+        look: called with the engine when the run is measured, and before its plans are let go.
 
     Raises:
         UsageError: a value the pipeline cannot take, or a pipeline dsattn does not know.
@@ -139,8 +144,10 @@ def generate(
         arguments["callback_on_step_end"] = _keep_latents(run)
     clock = Clock(device)
     memory = PeakMemory(device)
+    inputs = InputWatch()
     with ExitStack() as stack:
-        stack.enter_context(_attached(pipe, engine))
+        stack.enter_context(_attached(pipe, engine, look))
+        stack.enter_context(_watched(pipe, inputs))
         stack.enter_context(_timed_parts(pipe, run, clock, watch or Watch(), label))
         stack.enter_context(prefer_cudnn() if cudnn else nullcontext())
         stack.enter_context(_input_errors(pipe))
@@ -153,7 +160,23 @@ def generate(
     run.guidance = getattr(pipe, "guidance_scale", None)
     if decode:
         run.frames = to_uint8(output.frames[0])
+    run.inputs = _given(arguments, job.seed, run) | inputs.facts(pipe)
     return run
+
+
+def _given(arguments: dict[str, Any], seed: int, run: Run) -> dict[str, Any]:
+    """Arguments of a run by the names they have in a ``Job``, and what came of those that were left out."""
+    given = {name: arguments.get(theirs) for name, theirs in _ARGUMENTS.items()}
+    made = {} if run.frames is None else dict(zip(("frames", "height", "width"), run.frames.shape, strict=False))
+    guidance = given["guidance"] if run.guidance is None else run.guidance
+    return {
+        "prompt": arguments["prompt"],
+        "seed": seed,
+        **given,
+        **made,
+        "steps": len(run.step_s) or given["steps"],
+        "guidance": guidance,
+    }
 
 
 def device_of(pipe: Any) -> torch.device:
@@ -162,7 +185,7 @@ def device_of(pipe: Any) -> torch.device:
 
 
 @contextmanager
-def _attached(pipe: Any, engine: Engine | None) -> Iterator[None]:
+def _attached(pipe: Any, engine: Engine | None, look: Callable[[Engine], None] | None) -> Iterator[None]:
     if engine is None:
         yield
         return
@@ -174,8 +197,21 @@ def _attached(pipe: Any, engine: Engine | None) -> Iterator[None]:
         raise UsageError(f"dsattn cannot be used on this {type(pipe).__name__}: {error}") from error
     try:
         yield
+        if look is not None:
+            look(engine)
     finally:
         handle.remove()
+
+
+@contextmanager
+def _watched(pipe: Any, inputs: InputWatch) -> Iterator[None]:
+    """Let ``inputs`` see what passes through the pipeline."""
+    scheduler = getattr(pipe, "scheduler", None)
+    with ExitStack() as stack:
+        for owner, name, watched in ((pipe, "encode_prompt", inputs.encoding), (scheduler, "step", inputs.stepping)):
+            if callable(stock := getattr(owner, name, None)):
+                stack.enter_context(_replaced(owner, name, watched(stock)))
+        yield
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The report of a comparison: everything needed to judge it and to repeat it, as plain values.
 
-The form is fixed by ``report.schema.json`` (name ``dsattn.report/1``). Times are in seconds, memory in bytes, frames
+The form is fixed by ``report.schema.json`` (name ``dsattn.report/2``; the first version had no maps, timeline and
+inputs, and is still read). Times are in seconds, memory in bytes, frames
 in the order they are shown. A value that was not measured is null, and ``protocol.notes`` says why.
 """
 
@@ -11,6 +12,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -28,9 +30,11 @@ from dsattn.schedule import dense_step_count
 from dsattn.survey import Survey
 from dsattn.video import atomic
 
-SCHEMA = "dsattn.report/1"
+SCHEMA = "dsattn.report/2"
 # Below this the sparse run counts as slower, within 2 % of 1 as equal.
 EQUAL = 0.02
+_NUMBER = r"(?:-?\d[-+.\deE]*|null)"
+_NUMBERS = re.compile(rf"\[\n\s*{_NUMBER}(?:,\n\s*{_NUMBER})*\n\s*\]")
 
 
 def build_report(
@@ -72,6 +76,9 @@ def build_report(
         "flops": _flops(result.survey, len(result.dense[0].step_s), summary.get("density_all_calls", 1.0)),
         "fidelity": _fidelity(result),
         "speedup": _speedup(dense, sparse, result.own),
+        "inputs": result.dense[0].inputs,
+        "timeline": _timeline(result, summary),
+        "maps": None if result.maps is None else result.maps.describe((files or {}).get("masks", "masks.png")),
         "files": files or {},
     }
     report["speedup"].update(_verdict(report))
@@ -85,9 +92,21 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         ValueError: a value has no place in JSON.
 
     """
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json_text(value)
     with atomic(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text + "\n", encoding="utf-8")
+
+
+def json_text(value: Any) -> str:
+    """JSON for people too: indented, a list of numbers on one line.
+
+    Raises:
+        ValueError: not-a-number, infinity, or a value that has no place in JSON.
+
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    # No text of JSON holds the line break that the pattern asks for.
+    return _NUMBERS.sub(lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
 
 
 def environment() -> dict[str, Any]:
@@ -210,6 +229,18 @@ def _protocol(result: Comparison, load_s: float | None) -> dict[str, Any]:
     }
 
 
+def _timeline(result: Comparison, summary: dict[str, Any]) -> dict[str, Any]:
+    """Median seconds of every step of both modes, and why plans were made anew."""
+    steps = {
+        name: [statistics.median(times) for times in zip(*(run.step_s for run in runs), strict=True)]
+        for name, runs in (("dense", result.dense), ("sparse", result.sparse))
+    }
+    return {
+        **{f"{name}_step_s": values for name, values in steps.items()},
+        "refresh_reasons": summary.get("refresh_reasons", {}),
+    }
+
+
 def _density(summary: dict[str, Any]) -> dict[str, Any]:
     return {
         "all_calls": summary.get("density_all_calls", 1.0),
@@ -306,8 +337,8 @@ def _verdict(report: dict[str, Any]) -> dict[str, Any]:
         tokens = report["shape"]["tokens"]
         if share is not None and ceiling is not None and share < 0.5:
             reasons.append(
-                f"attention is {share:.0%} of the dense run at {tokens:,} tokens: free attention would give "
-                f"{ceiling:.2f}x; more frames or pixels raise that"
+                f"too few tokens: attention is {share:.0%} of the dense run at {tokens:,} tokens, so free attention "
+                f"would give {ceiling:.2f}x; more frames or pixels raise that"
             )
         if runs["sparse"]["plan_s"]:
             plan = statistics.median(runs["sparse"]["plan_s"]) / runs["sparse"]["e2e"]["median"]

@@ -15,6 +15,7 @@ import dsattn
 from dsattn.cli.app import run
 from dsattn.cli.defaults import DEFAULTS
 from dsattn.cli.errors import FAILED, INTERRUPTED, MEMORY, QUALITY, STRICT, USAGE, explain
+from dsattn.report_file import why_invalid
 from dsattn.video import CAPTION_HEIGHT, read_mp4
 
 from . import tiny_pipelines
@@ -86,12 +87,14 @@ def test_default_schedule(capsys):
 
 
 def test_compare(tmp_path, capsys):
-    command = ["compare", PROMPT, *SMALL, *SPARSE, "--dense-steps", "1", "--out", "r", "--min-psnr", "90"]
+    command = ["compare", PROMPT, *SMALL, *SPARSE, "--dense-steps", "1", "--out", "r", "--min-psnr", "90", "--html"]
     assert run(command) == QUALITY
     assert files(tmp_path / "r") == [
         "dense.mp4",
+        "masks.png",
         "meta/dense.json",
         "meta/sparse.json",
+        "report.html",
         "report.json",
         "side_by_side.mp4",
         "sparse.mp4",
@@ -107,6 +110,9 @@ def test_compare(tmp_path, capsys):
     for word in ("E2E", "denoise", "attention", "plan", "density", "PSNR", "SSIM", "FLOP bound", "baseline", "saved"):
         assert word in out
     assert report["speedup"]["headline"] in out
+    page = Path("r/report.html").read_text(encoding="utf-8")
+    assert page.count("data:video/mp4;base64,") == 2 and PROMPT in page and "r/report.html" in out
+    assert report["maps"]["panels"][0]["kinds"] == ["DR"] * 6 and report["inputs"]["initial_latents"]
     assert err.strip().startswith("dsattn: error: mean PSNR against dense is") and err.count("\n") == 1
 
 
@@ -131,14 +137,15 @@ def test_a_saved_pipeline_can_be_named(tmp_path, capsys):
 
 
 AUTO = ["--height", "64", "--width", "64", "--frames", "9", "--steps", "4", "--impl", "torch", "-O", "rows=8"]
+PROFILE_FILES = ["masks.png", "profile.json", "profile.safetensors", "report.html", "report.json"]
 PICTURES = ["heads", "masks_cond", "masks_uncond", "recall_cond", "recall_uncond", "steps"]
 
 
 def test_profile_and_its_use(tmp_path, capsys):
     arguments = [*AUTO, "--dense-steps", "1", "-O", "target_error=0.3"]
-    assert run(["profile", PROMPT, *arguments, "--out", "p"]) == 0
+    assert run(["profile", PROMPT, *arguments, "--out", "p", "--html"]) == 0
     out, err = capsys.readouterr()
-    names = sorted([*(f"{name}.png" for name in PICTURES), "profile.json", "profile.safetensors", "report.json"])
+    names = sorted([*(f"{name}.png" for name in PICTURES), *PROFILE_FILES])
     assert files(tmp_path / "p") == names and err == ""
     for word in (
         "branch",
@@ -152,9 +159,20 @@ def test_profile_and_its_use(tmp_path, capsys):
         assert word in out
     assert sum(line.startswith(("cond", "uncond")) for line in out.splitlines()) == 12
     report = json.loads(Path("p/report.json").read_text())
-    assert report["schema"] == "dsattn.profile-report/1" and report["prompt"] == PROMPT and report["steps"] == 4
+    assert why_invalid(report, "profile_report.schema.json") is None
+    assert report["schema"] == "dsattn.profile-report/2" and report["prompt"] == PROMPT and report["steps"] == 4
     assert report["config"]["target_error"] == 0.3 and report["config"]["dense_steps"] == 1
+    assert "Candidates of every layer" in Path("p/report.html").read_text(encoding="utf-8")
     assert len(report["layers"]) == 12 and report["tokens"] == 3 * 8 * 8 and report["fallbacks"] == []
+
+    old = {name: value for name, value in report.items() if name not in ("created", "curves", "maps")}
+    Path("old.json").write_text(json.dumps({**old, "schema": "dsattn.profile-report/1"}))
+    for name in ("old.json", "p/report.json"):
+        assert run(["report", name, "--html", "page.html"]) == 0
+        assert "heads by method" in capsys.readouterr().out
+        assert ("Not recorded" in Path("page.html").read_text(encoding="utf-8")) == (name == "old.json")
+    for name in ("old.json", "page.html"):
+        Path(name).unlink()
 
     other = "a small blue square moves up over a plain background"
     assert run(["generate", other, *arguments, "--profile", "p/profile.json", "--json"]) == 0
@@ -206,6 +224,21 @@ def test_presets_and_what_goes_before_them(capsys):
     assert run(["generate", *small, "--preset", "fast", *flags]) == 0
     config = json.loads(capsys.readouterr().out)["config"]
     assert (config["target_error"], config["cost"], config["refresh"], config["dense_steps"]) == (None, 0.5, 3, 1)
+
+
+def test_report_shows_a_report_again(tmp_path, capsys):
+    assert run(["compare", *SMALL, *SPARSE, "--repeats", "1", "--out", "r"]) == 0
+    first = capsys.readouterr().out
+    assert run(["report", "r/report.json", "--html", "new/page.html"]) == 0
+    again = capsys.readouterr().out
+    assert again == first + "wrote new/page.html\n"
+    assert Path("new/page.html").read_text(encoding="utf-8").count("data:video/mp4;base64,") == 2
+    for name in ("dense.mp4", "side_by_side.mp4"):
+        Path("r", name).unlink()
+    before = Path("new/page.html").read_bytes()
+    assert run(["report", "r/report.json"]) == 0
+    assert "r/sparse.mp4" in (out := capsys.readouterr().out) and "r/dense.mp4" not in out
+    assert Path("new/page.html").read_bytes() == before
 
 
 def test_methods_and_doctor(capsys):
@@ -277,6 +310,10 @@ BAD = [
     (["profile", PROMPT, "--out", "broken.yaml"], ["broken.yaml is a file"]),
     (["profile", PROMPT, *SMALL, "--dense-steps", "9"], ["no head has been measured"]),
     (["compress"], ["compress", "compare"]),
+    (["report", "no.json", "--html", "page.txt"], ["--html", ".html", "page.txt"]),
+    (["report", "list.json", "--html", "empty"], ["--html", ".html", "empty"]),
+    (["report", "list.json", "--html", "broken.yaml/a.html"], ["broken.yaml is a file"]),
+    (["diff", "list.json"], ["B"]),
 ]
 
 
@@ -363,8 +400,18 @@ def test_as_a_process():
 
 def test_help_imports_no_model_library():
     code = "import sys; from dsattn.cli.app import run; run(sys.argv[1:]); print(*sys.modules)"
-    for arguments in (["--help"], ["compare", "--help"], ["profile", "--help"]):
+    commands = ("compare", "profile", "report", "diff")
+    for arguments in (["--help"], *([name, "--help"] for name in commands)):
         done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
         assert "Usage: dsattn" in done.stdout
         loaded = set(done.stdout.splitlines()[-1].split())
-        assert not loaded & {"diffusers", "transformers", "skimage", "sklearn", "imageio", "rich.table", "matplotlib"}
+        assert not loaded & {
+            "diffusers",
+            "transformers",
+            "skimage",
+            "sklearn",
+            "imageio",
+            "rich.table",
+            "matplotlib",
+            "jinja2",
+        }

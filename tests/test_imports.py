@@ -52,7 +52,7 @@ def test_does_not_import_optional_packages():
 
 # Lower layers first; a module may import only from its own or a lower layer.
 LAYERS = [
-    ("errors", "grid", "block_plan", "config", "orders", "presets", "verdict"),
+    ("errors", "grid", "block_plan", "config", "orders", "presets", "verdict", "wording"),
     ("kernels",),
     ("head_profile", "mix", "profiler", "methods"),
     ("functional",),
@@ -63,9 +63,15 @@ LAYERS = [
     (
         "profile_report",
         "profile_pictures",
+        "call_maps",
+        "html",
+        "inputs",
         "metrics",
         "video",
         "report",
+        "report_diff",
+        "report_file",
+        "report_view",
         "measure",
         "survey",
         "compare",

@@ -36,6 +36,12 @@ def test_package_list_equals_the_tree():
     assert found == set(SETTINGS["packages"])
 
 
+def test_package_data_names_every_file_that_is_no_code():
+    for package, folder in (("dsattn", ROOT / "dsattn"), ("dsattn.html", ROOT / "dsattn" / "html")):
+        found = {path.name for path in folder.iterdir() if path.is_file() and path.suffix not in (".py", ".pyc")}
+        assert found == set(SETTINGS["package-data"][package])
+
+
 def test_root_does_not_shadow_the_kernels_package():
     """From the repository root, ``import kernels`` must not find our directory as a regular package."""
     code = "import importlib.util as u; s = u.find_spec('kernels'); print(s is None or s.origin)"

@@ -168,6 +168,10 @@ def test_write_json(tmp_path):
     with pytest.raises(ValueError):
         report.write_json(tmp_path / "b.json", {"x": math.inf})
     assert not (tmp_path / "b.json").exists()
+    value = {"a": [1, -2.5e-07, None], "b": [[1], [2, 3]], "c": ["1", "[\n 1\n]"], "d": [], "e": [1, {"x": [4, 5]}]}
+    report.write_json(tmp_path / "c.json", value)
+    text = (tmp_path / "c.json").read_text(encoding="utf-8")
+    assert json.loads(text) == value and "[1, -2.5e-07, null]" in text and "[2, 3]" in text
 
 
 def test_environment_names_what_matters():

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dsattn.cli import compare, doctor, generate, methods, profile
+from dsattn.cli import compare, diff, doctor, generate, methods, profile, report
 from dsattn.cli.errors import explain
 
 app = typer.Typer(
@@ -24,6 +24,8 @@ app = typer.Typer(
 app.command(name="generate")(generate.command)
 app.command(name="compare")(compare.command)
 app.command(name="profile")(profile.command)
+app.command(name="report")(report.command)
+app.command(name="diff")(diff.command)
 app.command(name="methods")(methods.command)
 app.command(name="doctor")(doctor.command)
 

@@ -15,12 +15,16 @@ from dsattn.cli.progress import watching
 from dsattn.cli.table import print_report
 from dsattn.compare import Comparison, compare
 from dsattn.errors import DsattnError, UsageError
+from dsattn.html.page import write_page
 from dsattn.measure import Run
 from dsattn.report import build_report, write_json
 from dsattn.video import DIFFERENCE_GAIN, SaveError, check_writable, side_by_side, write_mp4
 
 Out = Annotated[Path, typer.Option("--out", help="Folder for report, videos and details.")]
 Repeats = Annotated[int, typer.Option(help="Measured runs of each mode, in turns.")]
+Html = Annotated[
+    bool, typer.Option("--html", help="Also write report.html: one file with videos, charts and maps, for a browser.")
+]
 MinPsnr = Annotated[float | None, typer.Option(help="Exit with code 5 if the mean PSNR (dB) is lower.")]
 
 FILES = {
@@ -28,9 +32,11 @@ FILES = {
     "side_by_side": "side_by_side.mp4",
     "dense": "dense.mp4",
     "sparse": "sparse.mp4",
+    "masks": "masks.png",
     "dense_details": "meta/dense.json",
     "sparse_details": "meta/sparse.json",
 }
+PAGE = {"html": "report.html"}
 
 
 @options.with_shared
@@ -38,6 +44,7 @@ def command(
     request: options.Request,
     out: Out = Path("out"),
     repeats: Repeats = 2,
+    html: Html = False,
     min_psnr: MinPsnr = None,
     method: options.Method = None,
     profile: options.Profile = None,
@@ -48,7 +55,8 @@ def command(
         raise UsageError("--method must be a sparse method, got 'dense'; see 'dsattn methods'")
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file, expected a folder")
-    for name in FILES.values():
+    files = {**FILES, **(PAGE if html else {})}
+    for name in files.values():
         check_writable(out / name)
     request, loaded = models.prepare(request)
     json, quiet = request.params["json"], request.params["quiet"]
@@ -73,12 +81,16 @@ def command(
         fps=fps,
         command=request.command,
         load_s=loaded.load_s,
-        files=FILES,
+        files=files,
     )
     # Shown before it is saved: a full disk must not cost the figures.
     print_json(report) if json else print_report(report, out)
     write_json(out / FILES["report"], report)
+    if result.maps is not None:
+        result.maps.write_masks(out / FILES["masks"])
     _save_panels(out / FILES["side_by_side"], result, report)
+    if html:
+        write_page(out / PAGE["html"], report, out)
     if problems:
         raise DsattnError("; ".join(str(problem) for problem in problems))
     _check_quality(report, min_psnr)

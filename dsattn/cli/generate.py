@@ -9,13 +9,14 @@ import typer
 
 from dsattn.cli import models, options
 from dsattn.cli.defaults import FPS
-from dsattn.cli.output import counts, describe, print_json, seconds, sidecar
+from dsattn.cli.output import describe, print_json, sidecar
 from dsattn.cli.progress import watching
 from dsattn.engine import Engine
 from dsattn.errors import UsageError
 from dsattn.measure import generate
 from dsattn.report import write_json
 from dsattn.video import check_writable, write_mp4
+from dsattn.wording import counts, seconds
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="The video, an .mp4.")]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,14 @@ import typer
 
 from dsattn.cli.options import Request
 from dsattn.measure import Run
-from dsattn.report import environment
+from dsattn.report import environment, json_text
 
 RUN_SCHEMA = "dsattn.run/1"
 
 
 def print_json(value: Any) -> None:
     """To standard output."""
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+    typer.echo(json_text(value))
 
 
 def sidecar(path: Path) -> Path:
@@ -69,17 +68,3 @@ def describe(run: Run, request: Request, model: dict[str, Any]) -> dict[str, Any
         "fallbacks": [{"reason": why, "calls": n} for why, n in summary.get("fallbacks", {}).items()],
         "env": environment(),
     }
-
-
-def counts(values: dict[str, int]) -> str:
-    """``flex 216, pipeline 24``."""
-    return ", ".join(f"{name} {number:,}" for name, number in values.items()) or "none"
-
-
-def seconds(value: float | None) -> str:
-    """``0.03 s``, ``12.3 s`` or ``31m35s``; ``n/a`` of nothing."""
-    if value is None:
-        return "n/a"
-    if value >= 600:
-        return f"{int(value) // 60}m{int(value) % 60:02d}s"
-    return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s" if value >= 0.1 else f"{value * 1000:.1f} ms"
