@@ -67,6 +67,7 @@ LAYERS = [
         "html",
         "inputs",
         "metrics",
+        "quality",
         "video",
         "report",
         "report_diff",
