@@ -23,7 +23,7 @@ DEFINITIONS = {
     "channels, then the mean over frames; equal frames are left out",
     "ssim": "against the dense clip: per colour channel, Gaussian window 11 x 11 of sigma 1.5, population covariance, "
     "windows inside the frame only; mean over channels, then frames",
-    "ms_ssim": "against the dense clip: five scales of SSIM's terms (weights of Wang et al. 2003, 2 x 2 means between), "
+    "ms_ssim": "against the dense clip: five scales of SSIM's terms (Wang et al. 2003, 2 x 2 means between), "
     "per colour channel; mean over channels, then frames; needs 176 pixels a side",
     "lpips": "distance to the dense clip, 0 is equal: LPIPS 0.1 with AlexNet on frames in [-1, 1]; mean over frames",
     "temporal_flickering": "VBench's dimension: (255 - mean absolute change between neighbouring frames) / 255, "

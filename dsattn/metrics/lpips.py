@@ -112,7 +112,7 @@ def _load(backbone: Path, heads: Path) -> Lpips:
             for name, *_ in _CONVOLUTIONS
         )
         weights = tuple(head[f"lin{index}.model.1.weight"].float() for index in range(len(_CONVOLUTIONS)))
-    except Exception as error:  # noqa: BLE001 - a torn pickle raises anything
+    except Exception as error:  # A torn pickle raises anything.
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
             f"LPIPS weights in {backbone} and {heads} cannot be used: {first}; expected torchvision's AlexNet and the "

@@ -84,7 +84,7 @@ def motion(frames: Frames, fps: float) -> Motion:
     step = max(1, round(fps / FLOW_FPS))
     kept = frames[::step] if len(frames) > step else frames[[0, -1]]
     grey = [cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY) for frame in kept]
-    estimator = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    estimator = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     side = min(frames.shape[1:3])
     sizes, errors = [], []
     for before, after in zip(grey[:-1], grey[1:], strict=True):
