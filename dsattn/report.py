@@ -85,7 +85,7 @@ def build_report(
     return report
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any] | list[Any]) -> None:
     """Write JSON atomically; not-a-number and infinity are refused, as JSON has neither.
 
     Raises:

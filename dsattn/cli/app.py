@@ -48,19 +48,19 @@ def _root(
     """Options of every command."""
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run one command line; the exit code.
+def run(arguments: Sequence[str], application: typer.Typer = app, name: str = "dsattn") -> int:
+    """Run one command line; the exit code. The scripts bring their own application.
 
     0 done, 1 failed, 2 wrong usage, 3 a dense fallback under ``--strict``, 4 out of memory, 5 ``--min-psnr`` missed.
     """
     words = [word for word in arguments if word != "--debug"]
     try:
-        code = app(args=words, prog_name="dsattn", standalone_mode=False, obj=list(arguments))
+        code = application(args=words, prog_name=name, standalone_mode=False, obj=list(arguments))
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - nothing may reach the user as a traceback
         status, line = explain(error)
         if len(words) < len(arguments):
             traceback.print_exception(error)
-        typer.echo(f"dsattn: error: {line}", err=True)
+        typer.echo(f"{name}: error: {line}", err=True)
         return status
     return code if isinstance(code, int) else 0
 

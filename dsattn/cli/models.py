@@ -47,7 +47,7 @@ def prepare(request: Request) -> tuple[Request, Loaded]:
     loaded = load(model, name, device)
     check_size(loaded.pipe, request.job)
     if request.params["preset"] is not None:
-        request = request.for_family(_family(loaded.pipe))
+        request = request.for_family(family_of(loaded.pipe))
     return request, loaded
 
 
@@ -111,7 +111,13 @@ def note_unknown_words(model: str | None, prompt: str) -> None:
         )
 
 
-def _family(pipe: Any) -> str:
+def family_of(pipe: Any) -> str:
+    """Name of the model family, by which presets choose their schedule.
+
+    Raises:
+        UsageError: dsattn does not know the pipeline.
+
+    """
     from dsattn.pipelines.registry import preset_family
 
     try:

@@ -130,7 +130,7 @@ class Request:
         import sys
 
         params = context.params
-        _check_numbers(params)
+        check_numbers(params)
         words = context.obj if isinstance(context.obj, list) else sys.argv[1:]
         names = ("seed", "negative_prompt", "height", "width", "frames", "steps", "guidance")
         job = Job(prompt=_prompt(params), **{name: params[name] for name in names})
@@ -141,7 +141,13 @@ class Request:
         return replace(self, config=_config(self.params, family))
 
 
-def _check_numbers(params: Mapping[str, Any]) -> None:
+def check_numbers(params: Mapping[str, Any]) -> None:
+    """Ranges of the options that are numbers.
+
+    Raises:
+        UsageError: naming the option and what came.
+
+    """
     for name in ("steps", "height", "width", "frames", "refresh", "repeats"):
         value = params.get(name)
         if value is not None and value < 1:
@@ -176,7 +182,7 @@ def _config(params: Mapping[str, Any], family: str | None) -> Config:
         name, equals, text = item.partition("=")
         if not equals or not name.strip():
             raise UsageError(f"-O must be name=value, got {item!r}; example: -O density=0.3")
-        given[name.strip().replace("-", "_")] = _value(text)
+        given[name.strip().replace("-", "_")] = parse_value(text)
     given |= {name: params[name] for name in _ENGINE if params.get(name) is not None}
     given |= {"strict": True} if params["strict"] else {}
     profile = params.get("profile")
@@ -186,7 +192,7 @@ def _config(params: Mapping[str, Any], family: str | None) -> Config:
     if needs_auto is not None and values["method"] != "auto":
         raise UsageError(f"{needs_auto} is of the method auto, got the method {values['method']!r} beside it")
     if isinstance(values["dense_steps"], str):
-        values["dense_steps"] = _value(values["dense_steps"])
+        values["dense_steps"] = parse_value(values["dense_steps"])
     config = Config.from_dict(values)
     # Refuses an unknown method, options it does not have, and a profile that cannot be read.
     engine = Engine(config)
@@ -207,7 +213,7 @@ def _below(params: Mapping[str, Any], given: dict[str, Any], family: str | None)
     return {**DEFAULTS, **auto, **given}
 
 
-def _value(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """A number, true, false, null or a list as YAML reads it; else the text itself."""
     import yaml
 

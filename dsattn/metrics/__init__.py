@@ -15,7 +15,7 @@ from dsattn.metrics.fidelity import (
     ssim,
 )
 from dsattn.metrics.frames import Frames, check_frames
-from dsattn.metrics.lpips import Lpips, find_lpips
+from dsattn.metrics.lpips import LPIPS_SIDE, Lpips, find_lpips
 from dsattn.metrics.temporal import Motion, motion, temporal_flickering
 
 DEFINITIONS = {
@@ -40,6 +40,7 @@ DEFINITIONS = {
 
 __all__ = [
     "DEFINITIONS",
+    "LPIPS_SIDE",
     "MS_SSIM_SIDE",
     "SSIM_WINDOW",
     "Clock",

@@ -19,7 +19,7 @@ from dsattn.metrics.frames import Frames, check_frames, check_side
 
 BACKBONE, HEADS = "alexnet-owt-7be5be79.pth", "alex.pth"
 # AlexNet makes nothing of smaller frames after its strides.
-SIDE = 63
+LPIPS_SIDE = 63
 # (name in torchvision's checkpoint, stride, padding); pooling stands before the second and the third.
 _CONVOLUTIONS = (("0", 4, 2), ("3", 1, 2), ("6", 1, 1), ("8", 1, 1), ("10", 1, 1))
 _POOLED = (1, 2)
@@ -50,7 +50,7 @@ class Lpips:
 
         """
         check_frames(reference, other)
-        check_side(reference, SIDE, "LPIPS")
+        check_side(reference, LPIPS_SIDE, "LPIPS")
         with torch.no_grad():
             return Fidelity(tuple(self._distance(a, b) for a, b in zip(reference, other, strict=True)))
 
