@@ -1,11 +1,11 @@
 """Generate a suite of prompts with dense and sparse attention, named as VBench looks for them.
 
     python scripts/vbench_sample.py --out out/smoke --steps 4 --height 64 --width 64 --frames 9
-    python scripts/vbench_sample.py --suite quality --prompts VBench_full_info.json --model Wan-AI/... --shard 0/8 --out run
+    python scripts/vbench_sample.py --suite mini --prompts VBench_full_info.json --model A/B --shard 0/8 --out run
 
 Run it again with the same options after any interruption: clips that are there are not made again. The folder is
 described in dsattn/quality/folder.py; `vbench_eval.py` scores it.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 

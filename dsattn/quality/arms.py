@@ -59,7 +59,8 @@ class Arm:
 def parse_arm(text: str, family: str | None = None) -> Arm:
     """An arm from ``[NAME=]METHOD[:option=value,...]``; METHOD may be a preset or a YAML config file too.
 
-    ``dense`` alone is the plain pipeline. Options of methods and presets stand over the command line's defaults.
+    Without NAME the arm is called by its method. ``dense`` alone is the plain pipeline. Options of methods and presets
+    stand over the command line's defaults.
     Values with commas in them need a config file.
 
     Args:
@@ -71,7 +72,7 @@ def parse_arm(text: str, family: str | None = None) -> Arm:
     """
     head, _, tail = text.partition(":")
     name, equals, method = head.rpartition("=")
-    name = name if equals else (Path(head).stem if _is_file(head) else text.replace(":", "@").replace(",", "+"))
+    name = name if equals else Path(head).stem if _is_file(head) else head
     if not _NAME.fullmatch(name) or name.startswith("."):
         raise UsageError(f"arm {text!r} needs a name to make a folder of: give NAME=METHOD, got {name!r}")
     given: dict[str, Any] = {}

@@ -104,7 +104,7 @@ def draw(found: Sequence[dict[str, Any]], cost: str, path: Path, title: str) -> 
     families = list(dict.fromkeys(p["arm"].partition("@")[0] for p in shown))
     for index, family in enumerate(families):
         own = [p for p in shown if p["arm"].partition("@")[0] == family]
-        style = {"color": plt.get_cmap("tab10")(index % 10), "marker": "osD^v"[index // 10 % 5]}
+        style: dict[str, Any] = {"color": plt.get_cmap("tab10")(index % 10), "marker": "osD^v"[index // 10 % 5]}
         axes.plot([p[cost] for p in own], [p["psnr"] for p in own], lw=1, label=family, **style)
     best = [p for p in shown if p["best"]]
     axes.plot([p[cost] for p in best], [p["psnr"] for p in best], color="black", lw=3, alpha=0.25, label="best")

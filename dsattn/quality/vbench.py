@@ -179,7 +179,8 @@ def run_official(
         raise UsageError(f"{dimension} uses torchvision: nothing can stand in for it")
     log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        command = [str(python), str(RUNNER), dimension, str(info.absolute()), device, folder, str(int(stand_in))]
+        # Isolated: neither our packages nor the modules beside the runner may take the place of its own.
+        command = [str(python), "-I", str(RUNNER), dimension, str(info.absolute()), device, folder, str(int(stand_in))]
         try:
             with log.open("w", encoding="utf-8") as said:
                 done = subprocess.run(command, stdout=said, stderr=subprocess.STDOUT, check=False)
