@@ -123,6 +123,8 @@ def sample(
                 told(f"{number}/{len(wanted)}  {arm.name}  {item.name}")
                 frames, sidecar = make(arm, item)
                 sidecar = {**sidecar, "arm": arm.name, "index": item.index, "settings": digest}
+                # As it will be read back, so that it can be compared with what was.
+                sidecar = json.loads(json.dumps(sidecar))
                 for name, other in others.items():
                     check_alike(other, sidecar, (name, arm.name))
                 folder.save(arm.name, item, frames, sidecar, tmp, keep=keep_frames)
