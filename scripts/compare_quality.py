@@ -59,6 +59,7 @@ def main(
     fps: options.Fps = FPS,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    impl: options.Impl = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -70,7 +71,8 @@ def main(
     if not existing:
         job = Job("", 0, negative_prompt, height, width, frames, steps, guidance)
         plan = Plan(suite, entries(suite, prompts), SAMPLES.get(suite, 1), seed, job, fps)
-        arms = [DENSE, *arms_of(_words(methods), [_number(text) for text in _words(targets)]), *(arm or ())]
+        swept = arms_of(_words(methods), [_number(text) for text in _words(targets)], impl)
+        arms = [DENSE, *swept, *(arm or ())]
         # Encoding would cover small differences.
         folder, _ = sample_with_pipeline(out, plan, arms, context.params, command, keep_frames=True)
     found = evaluate(folder, lpips=find_lpips())

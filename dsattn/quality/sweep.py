@@ -18,8 +18,11 @@ TARGETS = ("density", "cost")
 COSTS = {"density": "density of all calls", "time": "denoising time / dense"}
 
 
-def arms_of(methods: Sequence[str], targets: Sequence[float]) -> list[str]:
+def arms_of(methods: Sequence[str], targets: Sequence[float], impl: str | None = None) -> list[str]:
     """Arms ``method:density=target`` (``cost`` of ``auto``) for every method and target.
+
+    Args:
+        impl: implementation of all of them; None leaves it to the default.
 
     Raises:
         UsageError: there is no such method, or it has no such option.
@@ -35,7 +38,8 @@ def arms_of(methods: Sequence[str], targets: Sequence[float]) -> list[str]:
             raise UsageError(
                 f"{name} has no {' or '.join(TARGETS)}; give its points with --arm, such as --arm {name}:option=value"
             )
-        arms += [f"{name}@{target:g}={name}:{option}={target:g}" for target in targets]
+        more = f",impl={impl}" if impl else ""
+        arms += [f"{name}@{target:g}={name}:{option}={target:g}{more}" for target in targets]
     return arms
 
 
