@@ -16,8 +16,10 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
+from dsattn.cli import options
 from dsattn.cli.app import run
 from dsattn.cli.output import print_json
 from dsattn.errors import DsattnError, UsageError
@@ -41,7 +43,7 @@ def main(
     lpips_weights: Annotated[Path | None, typer.Option(help="Folder with the weights of LPIPS.")] = None,
     vbench_python: Annotated[Path | None, typer.Option(help="Interpreter of an environment with vbench.")] = None,
     dimension: Annotated[list[str] | None, typer.Option(help="Dimensions vbench computes.")] = None,
-    vbench_device: Annotated[str, typer.Option(help="Device of vbench, cpu or cuda.")] = "cuda",
+    device: options.Device = None,
     results: Annotated[
         list[str] | None, typer.Option(help="ARM=FILE: an *_eval_results.json that vbench wrote elsewhere.")
     ] = None,
@@ -55,8 +57,9 @@ def main(
         if not quiet:
             typer.echo(line, err=True)
 
-    run_folder = Folder(folder)
-    found = evaluate(run_folder, arm, reference=reference, lpips=find_lpips(lpips_weights), told=told)
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    run_folder, lpips = Folder(folder), find_lpips(lpips_weights, place)
+    found = evaluate(run_folder, arm, reference=reference, lpips=lpips, device=place, told=told)
     for text in results or ():
         name, equals, file = text.partition("=")
         if not equals or name not in found.clips:
@@ -65,7 +68,7 @@ def main(
             )
         found.official.setdefault(name, {}).update(read_results(Path(file)))
     if vbench_python is not None:
-        score_official(run_folder, found, vbench_python, dimension or [], device=vbench_device, told=told)
+        score_official(run_folder, found, vbench_python, dimension or [], device=place, told=told)
     report = save(run_folder, found, shlex.join(["python", "scripts/vbench_eval.py", *context.obj]))
     (folder / "quality.md").write_text(markdown(report), encoding="utf-8")
     print_json(report) if json else print_tables(report)

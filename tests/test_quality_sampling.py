@@ -46,7 +46,7 @@ def test_again_makes_nothing_and_a_new_arm_joins(tmp_path):
     done = quality_runs.run(tmp_path, make=quality_runs.refuse)
     assert (done.made, done.found) == (0, 6) and quality_runs.videos(tmp_path) == before
     done = quality_runs.run(tmp_path, arms=["sol"])
-    assert (done.made, done.found) == (3, 0) and Folder(tmp_path).arms() == ["dense", "topk", "sol"]
+    assert (done.made, done.found) == (3, 0) and Folder(tmp_path).arms() == ["dense", "sol", "topk"]
     assert before.items() <= quality_runs.videos(tmp_path).items()
 
 

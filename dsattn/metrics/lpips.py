@@ -55,14 +55,13 @@ class Lpips:
             return Fidelity(tuple(self._distance(a, b) for a, b in zip(reference, other, strict=True)))
 
     def _distance(self, a: Frames, b: Frames) -> float:
-        total = torch.zeros((), dtype=torch.float32)
-        for one, two, head in zip(self._features(a), self._features(b), self.heads, strict=True):
-            total = total + F.conv2d((_unit(one) - _unit(two)).square(), head).mean()
-        return float(total)
+        layers = zip(self._features(a), self._features(b), self.heads, strict=True)
+        parts = [F.conv2d((_unit(one) - _unit(two)).square(), head).mean() for one, two, head in layers]
+        return float(torch.stack(parts).sum())
 
     def _features(self, frame: Frames) -> list[Tensor]:
         """What the five ReLUs give for a frame ``[height, width, 3]``."""
-        x = torch.from_numpy(frame.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        x = torch.from_numpy(frame.copy()).permute(2, 0, 1)[None].to(self.heads[0].device).float() / 127.5 - 1
         x = (x - x.new_tensor(_SHIFT).view(1, 3, 1, 1)) / x.new_tensor(_SCALE).view(1, 3, 1, 1)
         features = []
         for index, (weight, bias) in enumerate(self.convolutions):
@@ -74,12 +73,13 @@ class Lpips:
         return features
 
 
-def find_lpips(folder: Path | None = None) -> Lpips | str:
+def find_lpips(folder: Path | None = None, device: torch.device | str = "cpu") -> Lpips | str:
     """LPIPS with weights from disk, or in words why not and how to get them.
 
     Args:
         folder: holds ``alexnet-owt-7be5be79.pth`` and ``alex.pth``; None looks in torch.hub's checkpoints, and for the
             latter in an installed ``lpips`` package too.
+        device: where to compute.
 
     Raises:
         UsageError: ``folder`` was given and lacks one, or holds other weights under their names.
@@ -91,7 +91,7 @@ def find_lpips(folder: Path | None = None) -> Lpips | str:
         folders.append(Path(package.origin).parent / "weights" / "v0.1")
     heads = next((at / HEADS for at in folders if (at / HEADS).is_file()), None)
     if backbone is not None and heads is not None:
-        return _load(backbone, heads)
+        return _load(backbone, heads, device)
     missing = " and ".join(name for name, path in ((BACKBONE, backbone), (HEADS, heads)) if path is None)
     text = (
         f"weights not found: {missing} in {', '.join(map(str, folders))}; {BACKBONE} comes from "
@@ -103,10 +103,10 @@ def find_lpips(folder: Path | None = None) -> Lpips | str:
     return text
 
 
-def _load(backbone: Path, heads: Path) -> Lpips:
+def _load(backbone: Path, heads: Path, device: torch.device | str) -> Lpips:
     try:
-        body = torch.load(backbone, map_location="cpu", weights_only=True)
-        head = torch.load(heads, map_location="cpu", weights_only=True)
+        body = torch.load(backbone, map_location=device, weights_only=True)
+        head = torch.load(heads, map_location=device, weights_only=True)
         convolutions = tuple(
             (body[f"features.{name}.weight"].float(), body[f"features.{name}.bias"].float())
             for name, *_ in _CONVOLUTIONS

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
+import torch
 
 from dsattn.errors import DsattnError, UsageError
 from dsattn.metrics import (
     LPIPS_SIDE,
     MS_SSIM_SIDE,
     SSIM_WINDOW,
+    Fidelity,
     Frames,
     Lpips,
     motion,
@@ -30,6 +33,8 @@ from dsattn.quality.folder import Folder
 from dsattn.quality.suites import items
 from dsattn.quality.vbench import DIMENSIONS, Scores, full_info, run_official
 from dsattn.report import write_json
+
+Metrics = dict[str, tuple[int, Callable[[Frames, Frames], Fidelity]]]
 
 PROXIES = ("proxy_flow", "proxy_dynamic", "proxy_warp_error")
 
@@ -64,6 +69,7 @@ def evaluate(
     *,
     reference: str = DENSE,
     lpips: Lpips | str = "not asked for",
+    device: torch.device | str = "cpu",
     told: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
     """Score every clip of a run with what needs no weights, and against the reference arm.
@@ -75,6 +81,7 @@ def evaluate(
         arms: names; None takes all of the run.
         reference: the arm that others are compared with.
         lpips: the metric, or why it is not here.
+        device: where SSIM and MS-SSIM are computed.
         told: hears a line per item.
 
     Raises:
@@ -88,6 +95,7 @@ def evaluate(
     if isinstance(lpips, str):
         result.missing["lpips"] = lpips
     flickering = {e["prompt_en"] for e in settings["entries"] if "temporal_flickering" in e["dimension"]}
+    metrics = _metrics(lpips, device)
     wanted = items(settings["entries"], settings["samples"], settings["seed"])
     result.expected = len(wanted)
     for number, item in enumerate(wanted, 1):
@@ -107,7 +115,7 @@ def evaluate(
             if name == reference:
                 base = frames, clip
             elif base is not None:
-                _compare(result, folder, (base[1], clip), (base[0], frames), lpips)
+                _compare(result, folder, (base[1], clip), (base[0], frames), metrics)
     return result
 
 
@@ -184,8 +192,18 @@ def _score(result: Evaluation, clip: Clip, frames: Frames, fps: float, flickerin
         result.missing |= dict.fromkeys(PROXIES, str(error))
 
 
+def _metrics(lpips: Lpips | str, device: torch.device | str) -> Metrics:
+    """By name: pixels a side that a metric needs, and the metric."""
+    found: Metrics = {
+        "psnr": (1, psnr),
+        "ssim": (SSIM_WINDOW, partial(ssim, device=device)),
+        "ms_ssim": (MS_SSIM_SIDE, partial(ms_ssim, device=device)),
+    }
+    return found if isinstance(lpips, str) else {**found, "lpips": (LPIPS_SIDE, lpips)}
+
+
 def _compare(
-    result: Evaluation, folder: Folder, clips: tuple[Clip, Clip], decoded: tuple[Frames, Frames], lpips: Lpips | str
+    result: Evaluation, folder: Folder, clips: tuple[Clip, Clip], decoded: tuple[Frames, Frames], metrics: Metrics
 ) -> None:
     """Fidelity of the second clip to the first, on frames before encoding if both were kept."""
     one, other = clips
@@ -198,13 +216,6 @@ def _compare(
         result.on.add("decoded mp4 files, whose losses are in it (sample with --keep-frames to leave them out)")
     other.identical = bool(np.array_equal(a, b))
     least = min(a.shape[1:3])
-    metrics: dict[str, tuple[int, Callable[[Frames, Frames], Any]]] = {
-        "psnr": (1, psnr),
-        "ssim": (SSIM_WINDOW, ssim),
-        "ms_ssim": (MS_SSIM_SIDE, ms_ssim),
-    }
-    if isinstance(lpips, Lpips):
-        metrics["lpips"] = (LPIPS_SIDE, lpips)
     for name, (side, metric) in metrics.items():
         if least < side:
             result.missing[name] = f"frames have {least} pixels a side, it needs {side}"

@@ -29,7 +29,7 @@ import numpy as np
 
 from dsattn.errors import UsageError
 from dsattn.metrics import Frames
-from dsattn.quality.arms import Arm
+from dsattn.quality.arms import DENSE, Arm
 from dsattn.quality.suites import Item
 from dsattn.report import write_json
 from dsattn.video import write_mp4
@@ -61,10 +61,9 @@ class Folder:
         return self.root / "frames" / arm / f"{item.name}.npz"
 
     def arms(self) -> list[str]:
-        """Names of the arms that were begun, in the order of their first run."""
-        paths = [path for path in (self.root / "arms").glob("*.json") if not path.name.startswith(".")]
-        files = [(read_json(path), path.stem) for path in paths]
-        return [name for _, name in sorted(files, key=lambda pair: (pair[0].get("order", 0), pair[1]))]
+        """Names of the arms that were begun: dense first, then by name."""
+        paths = (self.root / "arms").glob("*.json")
+        return sorted((p.stem for p in paths if not p.name.startswith(".")), key=lambda name: (name != DENSE, name))
 
     def settings(self) -> dict[str, Any]:
         """What ``run.json`` holds.
@@ -89,11 +88,8 @@ class Folder:
 
         """
         self._claim(self.root / "run.json", {"schema": SCHEMA, **settings}, "this run")
-        known = len(self.arms())
-        for order, arm in enumerate(arms):
-            path = self.root / "arms" / f"{arm.name}.json"
-            at = read_json(path).get("order", 0) if path.is_file() else known + order
-            self._claim(path, {**arm.to_dict(), "order": at}, f"the arm {arm.name}")
+        for arm in arms:
+            self._claim(self.root / "arms" / f"{arm.name}.json", arm.to_dict(), f"the arm {arm.name}")
 
     def finished(self, arm: str, item: Item) -> dict[str, Any] | None:
         """Sidecar of a clip that is there as it was written; None of any other."""
