@@ -25,11 +25,10 @@ from dsattn.cli.output import print_json
 from dsattn.errors import DsattnError, UsageError
 from dsattn.metrics import find_lpips
 from dsattn.quality.arms import DENSE
-from dsattn.quality.evaluate import evaluate, score_official
+from dsattn.quality.evaluate import add_results, evaluate, score_official
 from dsattn.quality.folder import Folder
 from dsattn.quality.summary import save
 from dsattn.quality.tables import markdown, print_tables
-from dsattn.quality.vbench import read_results
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -61,12 +60,8 @@ def main(
     run_folder, lpips = Folder(folder), find_lpips(lpips_weights, place)
     found = evaluate(run_folder, arm, reference=reference, lpips=lpips, device=place, told=told)
     for text in results or ():
-        name, equals, file = text.partition("=")
-        if not equals or name not in found.clips:
-            raise UsageError(
-                f"--results must be ARM=FILE with an arm of the run ({', '.join(found.clips)}), got {text!r}"
-            )
-        found.official.setdefault(name, {}).update(read_results(Path(file)))
+        name, _, file = text.rpartition("=")
+        add_results(found, name, Path(file))
     if vbench_python is not None:
         score_official(run_folder, found, vbench_python, dimension or [], device=place, told=told)
     report = save(run_folder, found, shlex.join(["python", "scripts/vbench_eval.py", *context.obj]))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +184,22 @@ def test_broken_videos_are_named_and_the_rest_is_scored(tmp_path, capsys):
     assert (done.made, done.found) == (9, 11) and not evaluate(Folder(tmp_path)).problems
 
 
+def test_kept_frames_that_are_damaged(tmp_path):
+    quality_runs.run(tmp_path, keep_frames=True)
+    (tmp_path / "frames/topk/b-0.npz").write_bytes(b"PK torn")
+    result = evaluate(Folder(tmp_path))
+    assert [Path(file).name for file, _ in result.problems] == ["b-0.mp4"] and "b-0.npz" in result.problems[0][1]
+    found = build(result, "")["arms"]["topk"]
+    assert found["fidelity"]["psnr"]["prompts"] == 2 and found["videos"] == 3
+
+
+def test_without_opencv_proxies_are_not_computed(sampled, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    report = build(evaluate(Folder(sampled)), "")
+    assert "pip install opencv-python-headless" in report["missing"]["proxy_flow"] and not report["problems"]
+    assert set(report["arms"]["dense"]["scores"]) == {FLICKERING}
+
+
 def test_any_video_of_two_frames_can_be_read_without_a_shape(tmp_path):
     write_mp4(tmp_path / "x.mp4", quality_runs.clip("dense", 0)[:2], 8)
     assert len(read_clip(tmp_path / "x.mp4")) == 2
@@ -221,6 +238,9 @@ def test_results_from_elsewhere(sampled, tmp_path, capsys):
     score = json.loads(capsys.readouterr().out)["arms"]["topk"]["scores"]["imaging_quality"]
     assert score["by"] == "vbench" and score["score"] == pytest.approx(0.445)
     assert score["difference"]["mean"] == pytest.approx(-0.1) and score["difference"]["low"] == pytest.approx(-0.1)
+    (tmp_path / "dense.json").write_text('{"color": [0.5, [{"video_path": "z-0.mp4", "video_results": 0.5}]]}')
+    assert run([str(sampled), "--quiet", given[0]], script("vbench_eval"), "vbench_eval") == USAGE
+    assert "does not have, such as 'z-0.mp4'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

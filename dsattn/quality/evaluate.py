@@ -31,7 +31,7 @@ from dsattn.quality.arms import DENSE, check_alike
 from dsattn.quality.clips import Clip, ClipError, kept_frames, load_clip
 from dsattn.quality.folder import Folder
 from dsattn.quality.suites import items
-from dsattn.quality.vbench import DIMENSIONS, Scores, full_info, run_official
+from dsattn.quality.vbench import DIMENSIONS, Scores, full_info, read_results, run_official
 from dsattn.report import write_json
 
 Metrics = dict[str, tuple[int, Callable[[Frames, Frames], Fidelity]]]
@@ -108,15 +108,34 @@ def evaluate(
                 if base is not None:
                     check_alike(base[1].sidecar, clip.sidecar, (reference, name))
                 _score(result, clip, frames, settings["fps"], item.prompt in flickering)
+                result.clips[name].append(clip)
+                if base is not None:
+                    _compare(result, folder, (base[1], clip), (base[0], frames), metrics)
             except (ClipError, UsageError) as error:
                 result.problems.append((str(folder.video(name, item)), str(error)))
                 continue
-            result.clips[name].append(clip)
             if name == reference:
                 base = frames, clip
-            elif base is not None:
-                _compare(result, folder, (base[1], clip), (base[0], frames), metrics)
     return result
+
+
+def add_results(result: Evaluation, arm: str, path: Path) -> None:
+    """Take an arm's dimensions from a file that the vbench package wrote elsewhere.
+
+    Raises:
+        UsageError: there is no such arm, or the file is no such file or scores videos of another run.
+
+    """
+    if arm not in result.clips:
+        raise UsageError(f"--results must be ARM=FILE with an arm of the run ({', '.join(result.clips)}), got {arm!r}")
+    found = read_results(path)
+    known = {clip.path.name for clip in result.clips[arm]}
+    for dimension, scores in found.items():
+        if strange := sorted(scores.videos.keys() - known):
+            raise UsageError(
+                f"{path} scores videos for {dimension} that {arm} of this run does not have, such as {strange[0]!r}"
+            )
+    result.official.setdefault(arm, {}).update(found)
 
 
 def score_official(

@@ -80,29 +80,22 @@ def build(result: Evaluation, command: str) -> dict[str, Any]:
     }
 
 
-def _arm(result: Evaluation, name: str) -> dict[str, Any]:
-    clips, reference = result.clips[name], result.clips[result.reference]
-    vbench = dimensions_of(result, name)
-    own: dict[str, dict[Key, float]] = {}
-    for metric in PROXIES:
-        own[metric] = {clip.key: clip.scores[metric] for clip in clips if metric in clip.scores}
-    base = {m: {clip.key: clip.scores[m] for clip in reference if m in clip.scores} for m in PROXIES}
+def values_of(result: Evaluation, arm: str) -> dict[str, dict[Key, float]]:
+    """Every score of an arm's single clips: metric to (prompt, index) to value."""
+    clips = result.clips[arm]
     keys = {clip.path.name: clip.key for clip in clips}
-    keys_of_reference = {clip.path.name: clip.key for clip in reference}
-    for dimension, scores in vbench.items():
-        own[dimension] = {keys[file]: value for file, value in scores.videos.items() if file in keys}
-        found = dimensions_of(result, result.reference).get(dimension)
-        base[dimension] = {
-            keys_of_reference[file]: value
-            for file, value in (found.videos.items() if found else ())
-            if file in keys_of_reference
-        }
+    proxies = {m: {clip.key: clip.scores[m] for clip in clips if m in clip.scores} for m in PROXIES}
+    vbench = {
+        dimension: {keys[file]: value for file, value in scores.videos.items() if file in keys}
+        for dimension, scores in dimensions_of(result, arm).items()
+    }
+    return {**proxies, **vbench}
+
+
+def _arm(result: Evaluation, name: str) -> dict[str, Any]:
+    clips, vbench = result.clips[name], dimensions_of(result, name)
+    own, base = values_of(result, name), values_of(result, result.reference)
     fidelity = {m: {c.key: c.fidelity[m] for c in clips if m in c.fidelity} for m in FIDELITY}
-    group = totals({dimension: scores.score for dimension, scores in vbench.items()})
-    complete = result.settings["suite"] == "full" and len(clips) == result.expected
-    why = [] if group.dimensions == len(DIMENSIONS) else [f"{group.dimensions}/{len(DIMENSIONS)} dimensions"]
-    why += [] if result.settings["suite"] == "full" else [f"suite {result.settings['suite']}"]
-    why += [] if len(clips) == result.expected else [f"{len(clips)}/{result.expected} videos"]
     return {
         "videos": len(clips),
         "expected": result.expected,
@@ -116,19 +109,31 @@ def _arm(result: Evaluation, name: str) -> dict[str, Any]:
                 "by": "vbench" if metric in result.official.get(name, {}) else "dsattn",
                 "videos": len(values),
                 "interval": _plain(mean_interval(_by_prompt(values))),
-                "difference": None if name == result.reference else _plain(paired_interval(base[metric], values)),
+                "difference": None
+                if name == result.reference
+                else _plain(paired_interval(base.get(metric, {}), values)),
             }
             for metric, values in own.items()
             if values or metric in vbench
         },
         "fidelity": {m: _plain(mean_interval(_by_prompt(values))) for m, values in fidelity.items() if values},
-        "totals": {
-            "quality": group.quality,
-            "semantic": group.semantic,
-            "total": group.total if complete else None,
-            "dimensions": group.dimensions,
-            "total_why": f"n/a ({', '.join(why)})" if why else None,
-        },
+        "totals": _totals(result, name),
+    }
+
+
+def _totals(result: Evaluation, name: str) -> dict[str, Any]:
+    """VBench's group scores; a Total only of all dimensions, on all videos of the full suite."""
+    group = totals({dimension: scores.score for dimension, scores in dimensions_of(result, name).items()})
+    suite, videos = result.settings["suite"], len(result.clips[name])
+    why = [] if group.dimensions == len(DIMENSIONS) else [f"{group.dimensions}/{len(DIMENSIONS)} dimensions"]
+    why += [] if suite == "full" else [f"suite {suite}"]
+    why += [] if videos == result.expected else [f"{videos}/{result.expected} videos"]
+    return {
+        "quality": group.quality,
+        "semantic": group.semantic,
+        "total": None if why else group.total,
+        "dimensions": group.dimensions,
+        "total_why": f"n/a ({', '.join(why)})" if why else None,
     }
 
 
