@@ -1,6 +1,7 @@
 """Fidelity against cost of several methods and targets: Pareto table, JSON and picture.
 
     python scripts/compare_quality.py --out out/sweep --methods topk,semantic --targets 0.05,0.1,0.2
+
     python scripts/compare_quality.py --out out/sweep --existing
 
 Generates a suite with every method at every target (a density; the cost of `auto`) and densely, resumable as

@@ -1,6 +1,7 @@
 """Score a folder of `vbench_sample.py`: dense, sparse, and paired differences with 95 % intervals.
 
     python scripts/vbench_eval.py out/smoke
+
     python scripts/vbench_eval.py run --vbench-python /opt/vbench/bin/python --dimension subject_consistency
 
 What needs no weights is computed here. Other dimensions of VBench are computed by its own package, from an

@@ -1,6 +1,7 @@
 """Generate a suite of prompts with dense and sparse attention, named as VBench looks for them.
 
     python scripts/vbench_sample.py --out out/smoke --steps 4 --height 64 --width 64 --frames 9
+
     python scripts/vbench_sample.py --suite mini --prompts VBench_full_info.json --model A/B --shard 0/8 --out run
 
 Run it again with the same options after any interruption: clips that are there are not made again. The folder is
@@ -21,7 +22,7 @@ from dsattn.cli.app import run
 from dsattn.cli.defaults import DEFAULTS, FPS
 from dsattn.measure import Job
 from dsattn.quality.sampling import Plan, sample_with_pipeline
-from dsattn.quality.suites import SAMPLES, SUITES, entries, parse_shard
+from dsattn.quality.suites import SAMPLES, SUITES, entries, parse_shard, read_texts
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -37,6 +38,9 @@ def main(
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="VBench_full_info.json; else that of an installed vbench.")
+    ] = None,
+    augmented: Annotated[
+        Path | None, typer.Option(help="JSON of longer texts by prompt, to generate from under the prompt's name.")
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Clips per prompt; 5 for full, else 1.")] = None,
     shard: Annotated[str, typer.Option(help="i/n: make every n-th item from the i-th on.")] = "0/1",
@@ -58,7 +62,9 @@ def main(
     part = parse_shard(shard)
     job = Job("", 0, negative_prompt, height, width, frames, steps, guidance)
     count = SAMPLES.get(suite, 1) if samples is None else samples
-    plan = Plan(suite, entries(suite, prompts), count, seed, job, fps)
+    chosen = entries(suite, prompts)
+    texts = read_texts(augmented, chosen) if augmented is not None else {}
+    plan = Plan(suite, chosen, count, seed, job, fps, texts)
     command = shlex.join(["python", "scripts/vbench_sample.py", *context.obj])
     arms = arm or ["dense", DEFAULTS["method"]]
     _, done = sample_with_pipeline(out, plan, arms, context.params, command, shard=part, keep_frames=keep_frames)

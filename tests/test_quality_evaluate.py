@@ -24,6 +24,7 @@ from dsattn.quality.vbench import Scores, read_results
 from dsattn.video import read_mp4, write_mp4
 
 from . import quality_runs
+from .test_vbench import FAKE
 
 ROOT = Path(__file__).resolve().parents[1]
 FLICKERING = "temporal_flickering"
@@ -241,6 +242,29 @@ def test_results_from_elsewhere(sampled, tmp_path, capsys):
     (tmp_path / "dense.json").write_text('{"color": [0.5, [{"video_path": "z-0.mp4", "video_results": 0.5}]]}')
     assert run([str(sampled), "--quiet", given[0]], script("vbench_eval"), "vbench_eval") == USAGE
     assert "does not have, such as 'z-0.mp4'" in capsys.readouterr().err
+
+
+def test_the_official_package_scores_what_can_be_read(tmp_path, capsys):
+    """With a package of vbench's interface in another interpreter; its figures go into table and files."""
+    root = tmp_path / "run"
+    quality_runs.run(root, ("a", "b"))
+    (root / "videos/topk/b-0.mp4").write_bytes(b"")
+    python = tmp_path / "python"
+    python.write_text(FAKE.format(python=sys.executable, tv="yes"))
+    python.chmod(0o755)
+    dimensions = [f"--dimension={name}" for name in ("motion_smoothness", "aesthetic_quality", "color")]
+    given = [str(root), "--quiet", "--vbench-python", str(python), "--device", "cpu", *dimensions]
+    assert run(given, script("vbench_eval"), "vbench_eval") == FAILED
+    capsys.readouterr()
+    report = json.loads((root / "quality.json").read_text())
+    score = report["arms"]["topk"]["scores"]["motion_smoothness"]
+    assert (score["score"], score["by"], score["videos"], score["difference"]["prompts"]) == (0.5, "vbench", 1, 1)
+    assert report["arms"]["dense"]["scores"]["motion_smoothness"]["videos"] == 2
+    assert report["vbench_package"]["vbench"] == "0.1.5"
+    assert report["missing"]["color"] == "no clip of a prompt for it in the suite smoke"
+    files = [problem["file"] for problem in report["problems"]]
+    assert [Path(file).name for file in files] == ["b-0.mp4", "aesthetic_quality", "aesthetic_quality"]
+    assert set(read_results(root / "vbench/dense_eval_results.json")) == {FLICKERING, "motion_smoothness"}
 
 
 @pytest.mark.parametrize(

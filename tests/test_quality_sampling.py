@@ -1,5 +1,6 @@
 """Sampling into a folder: whole or not at all, never twice, and nothing but attention differs."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import pytest
 from dsattn.errors import UsageError
 from dsattn.quality.arms import ArmsDifferError
 from dsattn.quality.folder import Folder, sha256
-from dsattn.quality.sampling import fingerprint, out_folder
+from dsattn.quality.sampling import fingerprint, out_folder, sample_with_pipeline
 from dsattn.video import read_mp4
 
 from . import quality_runs
@@ -126,6 +127,23 @@ def test_fingerprint_sees_other_weights():
             torch.nn.init.zeros_(self.components["transformer"].bias)
 
     assert fingerprint(Pipe(1.0)) == fingerprint(Pipe(1.0)) != fingerprint(Pipe(1.5))
+
+
+def test_a_longer_text_is_generated_under_the_prompts_name(tmp_path):
+    """With the shipped model in this process: what the pipeline was given stands in the sidecar."""
+    texts = {"a": "a large red circle moves left over a striped background"}
+    plan = dataclasses.replace(quality_runs.plan(("a",)), texts=texts)
+    plan = dataclasses.replace(plan, job=dataclasses.replace(plan.job, steps=1))
+    params = {"model": None, "device": "cpu", "dtype": None, "fps": 8.0, "quiet": True}
+    arm = "topk:density=0.4,impl=torch,block_q=16,block_k=16,dense_steps=0"
+    _, done = sample_with_pipeline(tmp_path, plan, ["dense", arm], params, "again")
+    assert done.made == 2 and sorted(quality_runs.videos(tmp_path)) == ["dense/a-0.mp4", "topk/a-0.mp4"]
+    dense, sparse = (json.loads((tmp_path / "meta" / name / "a-0.json").read_text()) for name in ("dense", "topk"))
+    assert dense["prompt"] == sparse["prompt"] == texts["a"] and dense["seed"] == sparse["seed"]
+    assert dense["method"] == "dense" and dense["density"]["all_calls"] == 1 and sparse["density"]["all_calls"] < 0.6
+    settings = json.loads((tmp_path / "run.json").read_text())
+    assert settings["texts"] == texts and len(settings["model"]["weights"]) == 64
+    assert settings["model"]["scheduler"]["config"] and settings["model"]["device"] == "cpu"
 
 
 def killed_at(root, moment):

@@ -8,7 +8,7 @@ from dsattn.errors import UsageError
 from dsattn.pipelines.tiny.data import vocabulary
 from dsattn.quality import suites
 from dsattn.quality.arms import ArmsDifferError, check_alike, parse_arm, parse_arms
-from dsattn.quality.suites import Item, entries, item_seed, items, parse_shard
+from dsattn.quality.suites import Item, entries, item_seed, items, parse_shard, read_texts
 from dsattn.quality.vbench import QUALITY
 
 GROUPS = {
@@ -88,6 +88,17 @@ def test_names_and_seeds():
             items([{"prompt_en": bad}], 1, 0)
     with pytest.raises(UsageError, match="samples must be at least 1"):
         items(listed, 0, 0)
+
+
+def test_longer_texts(tmp_path):
+    listed = [{"prompt_en": p, "dimension": []} for p in ("one", "two", "one")]
+    path = tmp_path / "long.json"
+    path.write_text(json.dumps({"one": "one, at length", "two": "two, at length", "three": "x"}))
+    assert read_texts(path, listed) == {"one": "one, at length", "two": "two, at length"}
+    for text, word in (('{"one": "x"}', "lacks 1 prompts .* 'two'"), ('{"one": ""}', "must hold"), ("[", "read")):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=word):
+            read_texts(path, listed)
 
 
 def test_shards():

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Plan:
         seed: decides the seeds of all clips.
         job: shape and guidance of every clip; its prompt and seed are not used.
         fps: frames per second of the files.
+        texts: what to generate from instead of a prompt, by prompt.
 
     """
 
@@ -65,6 +66,7 @@ class Plan:
     seed: int
     job: Job
     fps: float
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     def settings(self, model: Mapping[str, Any]) -> dict[str, Any]:
         """What every arm of a run shares, as plain values.
@@ -80,6 +82,7 @@ class Plan:
             "job": {k: v for k, v in dataclasses.asdict(self.job).items() if k not in ("prompt", "seed")},
             "fps": self.fps,
             "model": dict(model),
+            "texts": dict(self.texts),
             "entries": list(self.entries),
         }
 
@@ -149,7 +152,7 @@ class Pipeline:
 
     def __call__(self, arm: Arm, item: Item) -> tuple[Frames, dict[str, Any]]:
         """Frames and sidecar of one clip."""
-        job = dataclasses.replace(self.plan.job, prompt=item.prompt, seed=item.seed)
+        job = dataclasses.replace(self.plan.job, prompt=self.plan.texts.get(item.prompt, item.prompt), seed=item.seed)
         engine = None if arm.config is None else Engine(arm.config)
         run = generate(self.loaded.pipe, job, engine, watch=self.watch, label=f"{arm.name} {item.name}"[:60])
         request = Request(job, arm.config or Config("dense"), {"fps": self.plan.fps}, self.command)

@@ -109,6 +109,27 @@ def read_entries(path: Path) -> list[Entry]:
     return [{key: value for key, value in entry.items() if key != "video_list"} for entry in values]
 
 
+def read_texts(path: Path, suite_entries: Sequence[Entry]) -> dict[str, str]:
+    """Longer texts of a suite's prompts, from a JSON file ``{prompt: text}`` that may hold more.
+
+    VBench names a video by its short prompt, whatever text it was generated from.
+
+    Raises:
+        UsageError: the file cannot be read, has another form, or lacks a prompt.
+
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--augmented {path} cannot be read: {error}; expected JSON of {{prompt: text}}") from error
+    if not isinstance(values, dict) or not all(isinstance(text, str) and text.strip() for text in values.values()):
+        raise UsageError(f"--augmented {path} must hold one JSON object of {{prompt: text}}, with no text empty")
+    prompts = dict.fromkeys(entry["prompt_en"] for entry in suite_entries)
+    if missing := [prompt for prompt in prompts if prompt not in values]:
+        raise UsageError(f"--augmented {path} lacks {len(missing)} prompts of the suite, such as {missing[0]!r}")
+    return {prompt: values[prompt] for prompt in prompts}
+
+
 def items(suite_entries: Sequence[Entry], samples: int, seed: int) -> list[Item]:
     """Clips of a suite, prompt by prompt; a prompt that stands in several entries is made once.
 
