@@ -34,7 +34,7 @@ def test_everything_kept_is_dense_attention(grid, budget):
 def test_every_query_cluster_reads_its_budget_of_keys(density):
     grid = VideoGrid(5, 9, 11)
     qkv = tensors(grid)
-    made = plan(grid, qkv, density=density, k_clusters=40)
+    made = plan(grid, qkv, density=density, k_clusters=40, budget="row")
     keys = (made.block_mask * made.k_sizes[:, :, None]).sum(-1)
     # The best cluster is kept whatever it costs; none is cut.
     slack = made.k_sizes.max()
@@ -263,23 +263,26 @@ def test_values_split_clusters_whose_keys_are_alike():
 
 @pytest.mark.parametrize("metric", ["euclidean", "logit"])
 @pytest.mark.parametrize("routing", ["mass", "weight_error", "output_error"])
-def test_routing_keeps_what_the_definition_ranks_first(routing, metric):
+@pytest.mark.parametrize("budget", ["row", "head"])
+def test_routing_keeps_what_the_definition_ranks_first(budget, routing, metric):
     """A float64 loop over the plan's own clusters; text and prefix use up budget but take no part."""
     grid = VideoGrid(3, 8, 9, prefix=4, text=5)
     q, k, v = tensors(grid)
     q = 3 * q
-    made = plan(grid, (q, k, v), density=0.3, k_clusters=20, q_clusters=7, routing=routing, metric=metric)
+    counts = {"k_clusters": 20, "q_clusters": 7}
+    made = plan(grid, (q, k, v), density=0.3, routing=routing, metric=metric, budget=budget, **counts)
     video = torch.zeros(grid.tokens, dtype=torch.bool)
     video[grid.video_start : grid.video_end] = True
     scale = 32**-0.5
     for h in range(2):
         queries, keys, values = (x[0, :, h].double() for x in (q, k, v))
         q_block, k_block = made.q_block_of_token[0, h], made.k_block_of_token[0, h]
+        scores, allowed = torch.zeros(7, 20, dtype=torch.float64), 0.3 * grid.tokens - (~video).sum()
         for i in range(7):
             query = queries[q_block == i].mean(0)
             logits = keys[video] @ query * scale
             out = logits.softmax(0) @ values[video]
-            worth, sizes = [], []
+            sizes = []
             for j in range(20):
                 inside = k_block == j
                 n, mean = inside.sum(), keys[inside].mean(0)
@@ -291,12 +294,24 @@ def test_routing_keeps_what_the_definition_ranks_first(routing, metric):
                     "weight_error": (p - stand_in).square().sum(),
                     "output_error": moved.square().sum(),
                 }
-                worth.append(score[routing] / n)
+                scores[i, j] = score[routing] / n
                 sizes.append(n)
-            order = torch.stack(worth).argsort(descending=True)
-            read = torch.stack(sizes)[order]
-            fits = read.cumsum(0) - read / 2 <= 0.3 * grid.tokens - (~video).sum()
-            assert set(order[fits].tolist()) == set(made.block_mask[0, h, i, :20].nonzero()[:, 0].tolist())
+            if routing == "mass":  # its softmax is over the clusters
+                scores[i] /= scores[i] @ torch.stack(sizes).double()
+        sizes, kept = torch.stack(sizes), made.block_mask[0, h, :7, :20]
+        if budget == "row":
+            for row, of_row in zip(scores, kept, strict=True):
+                order = row.argsort(descending=True)
+                read = sizes[order]
+                fits = read.cumsum(0) - read / 2 <= allowed
+                assert set(order[fits].tolist()) == set(of_row.nonzero()[:, 0].tolist())
+        else:
+            queries = torch.bincount(q_block[video], minlength=7)
+            scores[range(7), scores.argmax(1)] = torch.inf
+            order = scores.flatten().argsort(descending=True)
+            read = (queries[:, None] * sizes).flatten()[order] / queries.sum()
+            fits = (read.cumsum(0) - read / 2 <= allowed) | (scores.flatten()[order] == torch.inf)
+            assert set(order[fits].tolist()) == set(kept.flatten().nonzero()[:, 0].tolist())
 
 
 def test_routing_by_error_reads_what_pooling_would_spoil():

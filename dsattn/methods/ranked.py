@@ -64,6 +64,32 @@ def share_by_rank(score: Tensor, cost: Tensor, always: Tensor | None = None) -> 
     return _by_block(ranked.cumsum(-1) - ranked / 2, order, always)
 
 
+def share_by_rank_of_head(score: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """Density of a whole head at which every block pair comes in if the best scores of all rows come first.
+
+    Rows that gain most from exact keys get most of them. The best block of every row comes before all others.
+
+    Args:
+        score: ``[b, h, Nq, Nk]``, comparable between rows; ties go to the lower index.
+        queries: ``[b, h, Nq]``, rows in each query block.
+        keys: ``[b, h, Nk]``, share of all keys in each key block.
+
+    Returns:
+        ``[b, h, Nq, Nk]`` fp32, as for ``share_by_rank``: mean over queries of the share of keys read, up to the middle
+        of the pair; -1 for the best block of every row.
+
+    """
+    best = score.argmax(-1, keepdim=True)
+    flat = score.scatter(-1, best, torch.inf).flatten(2)
+    order = flat.sort(dim=-1, descending=True, stable=True).indices
+    # Sums over all pairs of a head are beyond what fp32 adds up.
+    part = queries.double() / queries.sum(-1, keepdim=True)
+    ranked = (part[..., None] * keys.double()[:, :, None]).flatten(2).gather(-1, order)
+    by_rank = (ranked.cumsum(-1) - ranked / 2).clamp(max=1.0).float()
+    by_pair = torch.empty_like(by_rank).scatter_(-1, order, by_rank).view_as(score)
+    return by_pair.scatter(-1, best, -1.0)
+
+
 def mass_before(score: Tensor, mass: Tensor, always: Tensor | None = None) -> Tensor:
     """Mass of the better blocks of the same row, for every block; arguments and -1 as for ``share_by_rank``.
 

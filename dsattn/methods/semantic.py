@@ -26,7 +26,7 @@ from dsattn.methods.base import Memory, Method
 from dsattn.methods.budget import Table, at_step, require_shares
 from dsattn.methods.cluster_space import METRICS, ClusterSpace, Metric
 from dsattn.methods.estimate import RowSample, fit_density, sample_rows
-from dsattn.methods.ranked import Ranked, mass_before, share_by_rank
+from dsattn.methods.ranked import Ranked, mass_before, share_by_rank, share_by_rank_of_head
 from dsattn.methods.scores import routing_noise
 from dsattn.methods.tail_weights import tail_weights
 
@@ -41,6 +41,7 @@ Q_TOKENS, Q_MOST = 30, 300
 K_TOKENS, K_MOST = 36, 1000
 
 Routing = Literal["mass", "weight_error", "output_error"]
+BudgetOf = Literal["head", "row"]
 ROUTINGS: tuple[Routing, ...] = ("mass", "weight_error", "output_error")
 
 
@@ -52,8 +53,11 @@ class SemanticConfig:
     ``target_error`` excludes the others.
 
     Args:
-        density: share of the keys that every query cluster reads exactly, in (0, 1], text and prefix included;
-            0.06 if no budget is given.
+        density: share of the keys that queries read exactly, in (0, 1], text and prefix included; 0.06 if no budget is
+            given.
+        budget: ``"head"``: ``density`` is the mean over the queries of a head, and the best pairs of query and key
+            clusters are read, so that query clusters that gain most read most; ``"row"``: every query cluster reads so
+            much.
         top_p: keep the best key clusters until their share of the estimated softmax mass reaches ``top_p``, in
             (0, 1]; the cluster that crosses the mark is kept.
         target_error: keep as little, head by head, as brings the relative L2 error of the output down to this, in
@@ -83,6 +87,7 @@ class SemanticConfig:
     """
 
     density: Table | None = None
+    budget: BudgetOf = "head"
     top_p: Table | None = None
     target_error: Table | None = None
     rows: int = 64
@@ -110,6 +115,7 @@ class SemanticConfig:
         require("k_groups", self.k_groups, int, low=0)
         require("first_iterations", self.first_iterations, int, low=1)
         require("iterations", self.iterations, int, low=1)
+        require_choice("budget", self.budget, ("head", "row"))
         require_choice("tail", self.tail, TAILS)
         require("tail_order", self.tail_order, int, low=1, high=2)
         require_choice("metric", self.metric, METRICS)
@@ -156,9 +162,11 @@ def rank(q: Tensor, k: Tensor, v: Tensor, call: Call, config: SemanticConfig, me
     k_order, k_starts, _ = _lay_out(k_side, grid)
     score, mass = _scores(q_side, k_side, k_video, v_video, _routing(config))
     groups = _groups(k_side, space, config.k_groups, config.seed) if config.k_groups else None
-    keys, before = _by_worth(score, mass, k_side.sizes, groups, config, call)
+    read, before = _by_worth(score, mass, q_side.sizes, k_side.sizes, groups, config, call)
     # Text and prefix use up budget; they are blocks of their own behind the clusters, read by every row and column.
-    share = torch.where(keys < 0, -1.0, (keys + (length - grid.video_tokens)) / length)
+    share = torch.where(read < 0, -1.0, (read * grid.video_tokens + (length - grid.video_tokens)) / length)
+    # Rounding may leave the last ones just above everything.
+    share = share.clamp(max=1.0)
     weights = None
     if config.tail != "none" and config.tail_order == 2:
         if config.metric == "euclidean" or config.values:
@@ -232,14 +240,21 @@ def _groups(k_side: Clusters, space: ClusterSpace, count: int, seed: int) -> Clu
 
 
 def _by_worth(
-    score: Tensor, mass: Tensor, sizes: Tensor, groups: Clusters | None, config: SemanticConfig, call: Call
+    score: Tensor,
+    mass: Tensor,
+    q_sizes: Tensor,
+    k_sizes: Tensor,
+    groups: Clusters | None,
+    config: SemanticConfig,
+    call: Call,
 ) -> tuple[Tensor, Tensor | None]:
-    """Keys, and mass, that come before every key cluster ``[B, H, Cq, Ck]``, best clusters or groups of them first.
+    """Share of keys, and mass, that come before every key cluster ``[B, H, Cq, Ck]``, best clusters or groups first.
 
-    score, mass: of ``_scores``. sizes: ``[B, H, Ck]``. The first counts to the middle of the cluster or group, in keys,
-    which fp32 adds up without rounding; -1 for the best one. The second is None without ``top_p``.
+    score, mass: of ``_scores``. q_sizes, k_sizes: ``[B, H, C]``. The first counts to the middle of the cluster or
+    group; -1 for the best one of a row. The second is None without ``top_p``.
     """
-    sizes = sizes[:, :, None]
+    sizes = k_sizes[:, :, None]
+    everything = k_sizes.sum(-1)[..., None, None]
     if groups is not None:
         worth, mass, sizes = (_together(x, groups) for x in (score * sizes, mass, sizes))
         score = worth / sizes.clamp(min=1)
@@ -249,11 +264,17 @@ def _by_worth(
         score = score.clamp(min=torch.finfo(score.dtype).tiny).log() + noise
     # Where pooling costs nothing all scores are 0: the best cluster, which is always read, must hold a key.
     score = score.masked_fill(sizes == 0, -torch.inf)
-    keys, before = share_by_rank(score, sizes), None if config.top_p is None else mass_before(score, mass)
+    if config.budget == "head":
+        read = share_by_rank_of_head(score, q_sizes, (sizes / everything)[:, :, 0])
+    else:
+        # Counted in keys, which fp32 adds up without rounding.
+        keys = share_by_rank(score, sizes)
+        read = torch.where(keys < 0, -1.0, keys / everything)
+    before = None if config.top_p is None else mass_before(score, mass)
     if groups is not None:
         index = groups.labels[:, :, None].expand(-1, -1, score.shape[2], -1)
-        keys, before = keys.gather(3, index), None if before is None else before.gather(3, index)
-    return keys, before
+        read, before = read.gather(3, index), None if before is None else before.gather(3, index)
+    return read, before
 
 
 def _together(x: Tensor, groups: Clusters) -> Tensor:
