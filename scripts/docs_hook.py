@@ -1,0 +1,44 @@
+"""Hook of the documentation's build: fills in generated tables, and stops on what must not be wrong."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import docs_checks  # noqa: E402
+import docs_tables  # noqa: E402
+from mkdocs.exceptions import PluginError  # noqa: E402
+from mkdocs.structure.files import File, Files  # noqa: E402
+
+# Pictures of committed results, and their names in the site.
+PICTURES = {"frontier.png": "assets/frontier.png"}
+
+
+def on_pre_build(config: Any, **_: Any) -> None:
+    """Stop on a method without a page, or a command, option or name that does not exist."""
+    if found := docs_checks.problems(Path(config.docs_dir)):
+        raise PluginError("\n".join(found))
+
+
+def on_files(files: Files, config: Any, **_: Any) -> Files:
+    """Add the pictures that lie with the results."""
+    for name, uri in PICTURES.items():
+        files.append(File.generated(config, uri, abs_src_path=str(docs_tables.RESULTS / name)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Fill in the tables a page asks for."""
+    try:
+        return docs_tables.fill(markdown)
+    except (KeyError, ValueError, OSError) as error:
+        raise PluginError(f"{page.file.src_uri}: {error}") from error
+
+
+def on_post_build(config: Any, **_: Any) -> None:
+    """Stop where a page would load something from elsewhere."""
+    if found := docs_checks.external_resources(Path(config.site_dir)):
+        raise PluginError("pages load from elsewhere:\n" + "\n".join(found))
