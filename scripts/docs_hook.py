@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,17 @@ from mkdocs.structure.files import File, Files  # noqa: E402
 PICTURES = {"frontier.png": "assets/frontier.png"}
 
 
+# The package with plain packages in place of its links, which the reader of docstrings does not follow.
+SOURCE = docs_tables.ROOT / "out" / "docs-source"
+
+
 def on_pre_build(config: Any, **_: Any) -> None:
-    """Stop on a method without a page, or a command, option or name that does not exist."""
+    """Stop on a method without a page, or a command, option or name that does not exist; lay out the source."""
+    shutil.rmtree(SOURCE, ignore_errors=True)
+    ignored = shutil.ignore_patterns("__pycache__", "weights")
+    shutil.copytree(docs_tables.ROOT / "dsattn", SOURCE / "dsattn", ignore=ignored)
+    for name in ("kernels", "pipelines", "pipelines/tiny"):
+        (SOURCE / "dsattn" / name / "__init__.py").touch()
     if found := docs_checks.problems(Path(config.docs_dir)):
         raise PluginError("\n".join(found))
 
