@@ -30,7 +30,9 @@ DOCS = ROOT / "docs"
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*).*?\n(?P<text>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 NAME = re.compile(r"dsattn(\.\w+)+")
-EXTERNAL = re.compile(r"""<(?:script|img|iframe|source|video)\b[^>]*\bsrc=["']?(?:https?:)?//|<link\b(?![^>]*\brel=["']?(?:canonical|license|prev|next|edit))[^>]*\bhref=["']?(?:https?:)?//|@import|url\(["']?(?:https?:)?//""")  # noqa: E501
+EXTERNAL = re.compile(
+    r"""<(?:script|img|iframe|source|video)\b[^>]*\bsrc=["']?(?:https?:)?//|<link\b(?![^>]*\brel=["']?(?:canonical|license|prev|next|edit))[^>]*\bhref=["']?(?:https?:)?//|@import|url\(["']?(?:https?:)?//"""
+)
 
 
 def problems(folder: Path = DOCS) -> list[str]:
@@ -59,7 +61,9 @@ def check_page(text: str) -> Iterator[str]:
             for line in command_lines(body):
                 yield from check_command(line)
         elif block["language"] == "yaml":
-            yield from _attempt(f"the configuration {body.strip()!r}", lambda body=body: Engine(Config.from_dict(yaml.safe_load(body))))  # noqa: E501
+            yield from _attempt(
+                f"the configuration {body.strip()!r}", lambda body=body: Engine(Config.from_dict(yaml.safe_load(body)))
+            )
     for code in INLINE.findall(FENCE.sub("", text)):
         yield from check_inline(code)
 
@@ -80,7 +84,9 @@ def check_command(line: str) -> Iterator[str]:
         yield from _attempt(line, lambda: parse(words[1:]))
     elif words[0] == "make":
         known = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-        yield from (f"{line}: the Makefile has no {word!r}" for word in words[1:] if "=" not in word and word not in known)
+        yield from (
+            f"{line}: the Makefile has no {word!r}" for word in words[1:] if "=" not in word and word not in known
+        )
     elif words[0] == "python" and words[1].startswith(("scripts/", "benchmarks/")):
         if not (ROOT / words[1]).is_file():
             yield f"{line}: there is no {words[1]}"
@@ -113,8 +119,10 @@ def parse(words: list[str]) -> None:
     if words[0] not in commands():
         raise ValueError(f"there is no command {words[0]!r}")
     with commands()[words[0]].make_context(words[0], list(words[1:]), obj=list(words)) as context:
-        # A file that is named need not exist here.
-        context.params.update({name: None for name in ("profile", "config") if context.params.get(name) is not None})
+        # A file that is named need not exist here. A profile is of the method auto.
+        if context.params.get("profile") is not None:
+            context.params["method"] = context.params.get("method") or "auto"
+        context.params.update({name: None for name in ("profile", "config") if name in context.params})
         if "option" in context.params:
             options.Request.of(context)
 

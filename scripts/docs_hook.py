@@ -9,10 +9,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import docs_checks  # noqa: E402
-import docs_tables  # noqa: E402
-from mkdocs.exceptions import PluginError  # noqa: E402
-from mkdocs.structure.files import File, Files  # noqa: E402
+import docs_checks
+import docs_tables
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
 
 # Pictures of committed results, and their names in the site.
 PICTURES = {"frontier.png": "assets/frontier.png"}

@@ -128,22 +128,31 @@ def frontier_section(title: str) -> str:
 
 def frontier_points(method: str) -> str:
     """Every measured point of a method: what it computed, what planning cost, what error it made."""
-    found = result("frontier.json")
-    rows = [
-        (
-            point["label"],
-            _settings(point),
-            *(f"{point[name]:.3f}" for name in ("density", "tail_keys", "planning", "error", "worst_head")),
-        )
-        for point in found["points"]
-        if point["method"] == method
-    ]
-    header = ("setting", "options", "density", "pooled keys", "planning", "error", "worst head")
-    return table(header, rows, left=2) + "\n\n" + frontier_source("")
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for point in result("frontier.json")["points"]:
+        if point["method"] == method:
+            groups.setdefault(point["label"], []).append(point)
+    rows, settings = [], []
+    for label, points in groups.items():
+        shared = {
+            name: value
+            for name, value in points[0]["options"].items()
+            if len(points) > 1 and all(point["options"].get(name) == value for point in points)
+        }
+        settings.append(f"- **{label}**: {_words(shared)}")
+        for point in points:
+            varied = {name: value for name, value in point["options"].items() if name not in shared}
+            figures = (point[name] for name in ("density", "tail_keys", "planning", "error", "worst_head"))
+            time = f"{point['attend_ms'] / point['dense_ms']:.2f}"
+            rows.append((label, _words(varied), *(f"{figure:.3f}" for figure in figures), time))
+    header = ("setting", "budget", "density", "pooled keys", "planning", "error", "worst head", "time / dense")
+    return "\n\n".join(
+        (table(header, rows, left=2), "Options of the settings:", "\n".join(settings), frontier_source(""))
+    )
 
 
-def _settings(point: dict[str, Any]) -> str:
-    return "; ".join(f"`{name}={value}`" for name, value in point["options"].items()) or "defaults"
+def _words(options: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}={value}`" for name, value in options.items()) or "defaults"
 
 
 def frontier_source(_: str) -> str:
@@ -153,7 +162,8 @@ def frontier_source(_: str) -> str:
     return (
         f"Measured on the shipped model: {found['captures']} captured attention calls of {found['tokens']:,} tokens, "
         f"{env['cpu']}, {found['threads']} threads, torch {env['torch']}, commit `{env['git'][:9]}`, no GPU. "
-        "Shares are of all keys, planning is relative to one dense call and spread over the calls that reuse a plan. "
+        "Density, pooled keys and planning are shares of dense attention; planning is spread over the calls that reuse a "
+        "plan. Error is relative L2, the worst head's beside it. "
         "Source: `benchmarks/results/cpu/frontier.json`, made by `python scripts/frontier.py measure`."
     )
 
