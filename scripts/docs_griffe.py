@@ -1,6 +1,7 @@
-"""Griffe extension: one documented entry per name where a docstring describes several in one line.
+"""Griffe extension: docstrings as the documentation's tool wants them.
 
-``block_q, block_k: tokens per block`` becomes two entries, so that each gets its type and default in the documents.
+``block_q, block_k: tokens per block`` becomes two entries, so that each gets its type and default, and references such
+as ``:func:`enable``` become plain code.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import griffe
 
 SEVERAL = re.compile(r"^(?P<indent> +)(?P<names>\w+(?:, \w+)+): (?P<text>.+)$")
+ROLE = re.compile(r":(?:func|class|meth|mod|attr|data):`~?([^`]+)`")
 SECTION = re.compile(r"^(?P<indent> *)(Args|Attributes):$")
 
 
@@ -40,10 +42,15 @@ def one_name_a_line(docstring: str) -> str:
     return "\n".join(out)
 
 
-class OneNameALine(griffe.Extension):
+def plain_references(docstring: str) -> str:
+    """The docstring with references of Sphinx as plain code."""
+    return ROLE.sub(r"`\1`", docstring)
+
+
+class Docstrings(griffe.Extension):
     """Rewrites docstrings as they are collected."""
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Called for every module, class, function and attribute."""
         if obj.docstring is not None:
-            obj.docstring.value = one_name_a_line(obj.docstring.value)
+            obj.docstring.value = plain_references(one_name_a_line(obj.docstring.value))

@@ -144,3 +144,25 @@ def test_code_of_a_page_runs(tmp_path, monkeypatch, capsys):
     page.write_text("<!-- run -->\n```bash\nrm -r out\n```\n", encoding="utf-8")
     with pytest.raises(SystemExit, match="only dsattn commands"):
         run_readme.run_file(page)
+
+
+def test_docstrings_are_prepared():
+    griffe = pytest.importorskip("griffe")
+    assert griffe
+    import docs_griffe
+
+    text = """Do it, see :func:`~a.b`.
+
+    Args:
+        x, y: two of them
+            over two lines.
+        z: one, two: three.
+
+    Names: a, b: stays.
+    """
+    expected = text.replace(
+        "        x, y: two of them\n            over two lines.\n",
+        "        x: two of them\n            over two lines.\n        y: two of them\n            over two lines.\n",
+    )
+    assert docs_griffe.one_name_a_line(text) == expected
+    assert docs_griffe.plain_references(":func:`~a.b` and :meth:`C.d`") == "`a.b` and `C.d`"
