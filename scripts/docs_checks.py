@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*).*?\n(?P<text>.*?)^(?P=indent)```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+SCRIPT = re.compile(r"\bpython (scripts/\w+\.py)\b")
 NAME = re.compile(r"dsattn(\.\w+)+")
 EXTERNAL = re.compile(
     r"""<(?:script|img|iframe|source|video)\b[^>]*\bsrc=["']?(?:https?:)?//|<link\b(?![^>]*\brel=["']?(?:canonical|license|prev|next|edit))[^>]*\bhref=["']?(?:https?:)?//|@import|url\(["']?(?:https?:)?//"""
@@ -64,8 +65,10 @@ def check_page(text: str) -> Iterator[str]:
             yield from _attempt(
                 f"the configuration {body.strip()!r}", lambda body=body: Engine(Config.from_dict(yaml.safe_load(body)))
             )
+    named = {ROOT / name for name in SCRIPT.findall(text) if (ROOT / name).is_file()}
+    known = cli_options().union(*map(script_options, named))
     for code in INLINE.findall(FENCE.sub("", text)):
-        yield from check_inline(code)
+        yield from check_inline(code, known)
 
 
 def command_lines(block: str) -> list[str]:
@@ -94,12 +97,12 @@ def check_command(line: str) -> Iterator[str]:
             yield from _attempt(line, lambda: _parse_script(ROOT / words[1], words[2:]))
 
 
-def check_inline(code: str) -> Iterator[str]:
-    """Problems of inline code: options, commands, and names of the package."""
+def check_inline(code: str, known: frozenset[str]) -> Iterator[str]:
+    """Problems of inline code: options (those of dsattn and of scripts the page names), commands, and names."""
     if re.fullmatch(r"--[a-z][\w-]*( .*)?", code):
         option = code.split()[0]
-        if option not in cli_options():
-            yield f"{code}: no dsattn command has the option {option}"
+        if option not in known:
+            yield f"{code}: no dsattn command or script named on the page has the option {option}"
     elif code.startswith(("dsattn ", "make ", "python scripts/")):
         # A mention may leave out what a run needs.
         yield from (problem for problem in check_command(code) if ": Missing " not in problem)
@@ -173,6 +176,14 @@ def _script(path: Path) -> Any:
         script = typer.Typer(add_completion=False)
         script.command()(module.main)
     return typer.main.get_command(script)
+
+
+@lru_cache
+def script_options(path: Path) -> frozenset[str]:
+    """Every option of a script."""
+    command = _script(path)
+    parts = [command, *getattr(command, "commands", {}).values()]
+    return frozenset(word for part in parts for parameter in part.params for word in parameter.opts)
 
 
 def _parse_script(path: Path, words: list[str]) -> None:

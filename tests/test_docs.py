@@ -83,6 +83,7 @@ def test_what_does_not_exist_is_found(text):
 def test_what_exists_passes():
     text = """
 `--dense-steps 3`, `-O density=0.1`, `dsattn compare`, `dsattn --help`, `dsattn.attend(q, k, v, plan)`, `make aot`
+`python scripts/aot_report.py` has `--write-budget`.
 ```bash
 dsattn profile --out p  # then
 .venv/bin/dsattn generate "x" --profile p/profile.json -O cost=0.2
