@@ -22,13 +22,17 @@ PICTURES = {"frontier.png": "assets/frontier.png"}
 SOURCE = docs_tables.ROOT / "out" / "docs-source"
 
 
-def on_pre_build(config: Any, **_: Any) -> None:
-    """Stop on a method without a page, or a command, option or name that does not exist; lay out the source."""
+def on_startup(**_: Any) -> None:
+    """Lay out the source, before anything looks for it."""
     shutil.rmtree(SOURCE, ignore_errors=True)
     ignored = shutil.ignore_patterns("__pycache__", "weights")
     shutil.copytree(docs_tables.ROOT / "dsattn", SOURCE / "dsattn", ignore=ignored)
     for name in ("kernels", "pipelines", "pipelines/tiny"):
         (SOURCE / "dsattn" / name / "__init__.py").touch()
+
+
+def on_pre_build(config: Any, **_: Any) -> None:
+    """Stop on a method without a page, or a command, option or name that does not exist."""
     if found := docs_checks.problems(Path(config.docs_dir)):
         raise PluginError("\n".join(found))
 

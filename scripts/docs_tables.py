@@ -163,7 +163,8 @@ def frontier_source(_: str) -> str:
         f"Measured on the shipped model: {found['captures']} captured attention calls of {found['tokens']:,} tokens, "
         f"{env['cpu']}, {found['threads']} threads, torch {env['torch']}, commit `{env['git'][:9]}`, no GPU. "
         "Density, pooled keys and planning are shares of dense attention; planning is spread over the calls that "
-        "reuse a plan. Error is relative L2, the worst head's beside it. "
+        "reuse a plan. Error is relative L2, the worst head's beside it. Options that are not named have their "
+        "defaults at that commit. "
         "Source: `benchmarks/results/cpu/frontier.json`, made by `python scripts/frontier.py measure`."
     )
 
