@@ -167,3 +167,12 @@ def test_docstrings_are_prepared():
     )
     assert docs_griffe.one_name_a_line(text) == expected
     assert docs_griffe.plain_references(":func:`~a.b` and :meth:`C.d`") == "`a.b` and `C.d`"
+
+
+def test_warnings_of_the_build_are_errors():
+    """mkdocs counts the warnings it shows: --quiet would let all of them pass."""
+    lines = (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
+    (build,) = [line.split() for line in lines if "mkdocs build" in line]
+    assert "--strict" in build and not {"-q", "--quiet"} & set(build)
+    validation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["validation"]
+    assert {level for part in validation.values() for level in part.values()} == {"warn"}
