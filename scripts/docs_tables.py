@@ -18,6 +18,7 @@ import typer.main
 from dsattn.cli.app import app
 from dsattn.functional import AUTO
 from dsattn.methods import METHODS
+from dsattn.metrics import DEFINITIONS
 from dsattn.pipelines.registry import FAMILIES
 from dsattn.presets import PRESETS, SHIPPED, preset
 
@@ -324,9 +325,15 @@ def engine_options(_: str) -> str:
     return ", ".join(f"`{name}`" for name in names)
 
 
+def definitions(_: str) -> str:
+    """What every metric is."""
+    return table(("figure", "what it is"), ((f"`{name}`", text) for name, text in DEFINITIONS.items()), left=2)
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "cli": cli,
     "comparison": comparison,
+    "definitions": definitions,
     "engine_options": engine_options,
     "equal_cost": lambda _: frontier_section(EQUAL_COST),
     "equal_total_cost": lambda _: frontier_section(EQUAL_TOTAL_COST),

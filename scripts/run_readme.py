@@ -1,13 +1,14 @@
 """Run the code of Markdown files: documents must not lie.
 
 Python blocks of a file run in order, in one namespace. A block that follows a line ``<!-- not run: reason -->`` is left
-out, and its reason printed. Blocks of ``dsattn`` commands (```` ```bash ````) run where a line ``<!-- run -->``
-stands before them. Every file has an empty folder of its own to work in.
+out, and its reason printed. Blocks of ``dsattn`` commands and the project's scripts (```` ```bash ````) run where a
+line ``<!-- run -->`` stands before them. Every file has an empty folder of its own to work in.
 """
 
 import os
 import re
 import shlex
+import subprocess
 import sys
 import tempfile
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import typer
 
+SCRIPTS = Path(__file__).resolve().parent
 BLOCK = re.compile(
     r"^(?:<!-- (?:not run: (?P<reason>.*?)|(?P<run>run)) -->\n)?```(?P<language>python|bash)\n(?P<code>.*?)^```",
     re.DOTALL | re.MULTILINE,
@@ -58,14 +60,18 @@ def run_file(path: Path) -> int:
 
 
 def run_command(words: list[str], where: str) -> None:
-    """Run a ``dsattn`` command in this process."""
+    """Run a ``dsattn`` command in this process, or one of the project's scripts."""
     from dsattn.cli.app import run
 
     if not words:
         return
-    if words[0] != "dsattn":
-        sys.exit(f"{where}: only dsattn commands can be run here")
-    if code := run(words[1:]):
+    if words[0] == "python" and words[1].startswith("scripts/"):
+        code = subprocess.run([sys.executable, str(SCRIPTS / Path(words[1]).name), *words[2:]], check=False).returncode
+    elif words[0] == "dsattn":
+        code = run(words[1:])
+    else:
+        sys.exit(f"{where}: only dsattn commands and scripts can be run here")
+    if code:
         sys.exit(f"{where}: exit code {code}")
 
 

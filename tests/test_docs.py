@@ -143,7 +143,7 @@ def test_code_of_a_page_runs(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="exit code 2"):
         run_readme.run_file(page)
     page.write_text("<!-- run -->\n```bash\nrm -r out\n```\n", encoding="utf-8")
-    with pytest.raises(SystemExit, match="only dsattn commands"):
+    with pytest.raises(SystemExit, match="only dsattn commands and scripts"):
         run_readme.run_file(page)
 
 
