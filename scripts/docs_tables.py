@@ -317,6 +317,18 @@ def report_fields(path: str) -> str:
     return table(("field", "meaning"), rows, left=2)
 
 
+def vbench_check(_: str) -> str:
+    """What the comparison with VBench's package found."""
+    found = result("vbench_check.json")
+    versions = found["vbench"]
+    return (
+        f"Recorded: {len(found['videos'])} clips of the suite {found['run']['suite']}, vbench {versions['vbench']} on "
+        f"torch {versions['torch']}, largest difference {found['largest_difference']:.1e} "
+        f"(asked for: {found['tolerance']:.0e}). "
+        "Source: `benchmarks/results/cpu/vbench_check.json`."
+    )
+
+
 def engine_options(_: str) -> str:
     """Names of the engine's options, as flags and as ``-O`` take them."""
     from dsattn.config import Config
@@ -345,4 +357,5 @@ TABLES: dict[str, Callable[[str], str]] = {
     "methods": methods,
     "presets": presets,
     "report_fields": report_fields,
+    "vbench_check": vbench_check,
 }
