@@ -147,9 +147,21 @@ class BlockPlan:
         tail_weights: Tensor | None = None,
         linear: LinearTail | None = None,
     ) -> BlockPlan:
-        """Plan from a block map ``[b, h, Nq, Nk]`` bool; key blocks are visited in ascending order.
+        """Plan from a block map; key blocks are visited in ascending order.
 
         ``K`` is ``Nk``: no host synchronisation is needed to size the lists.
+
+        Args:
+            mask: ``[b, h, Nq, Nk]`` bool, the blocks that are kept; every row keeps at least one with a readable key
+                (``validate`` checks).
+            q_len, k_len: number of query and key tokens.
+            batch, heads: what ``b`` and ``h`` (each 1 or the full number) broadcast to.
+            block_q, block_k: positions per block, at least 1.
+            q_order, k_order, q_starts, k_starts, key_lengths, tail, linear: as in the plan itself.
+
+        Raises:
+            ValueError: shapes that do not fit each other.
+
         """
         counts, indices = _lists(mask)
         return cls(
@@ -176,13 +188,18 @@ class BlockPlan:
         cls, batch: int, heads: int, q_len: int, k_len: int, *, block_q: int = 64, block_k: int = 64,
         device: torch.device | str = "cpu",
     ) -> BlockPlan:  # fmt: skip
-        """Plan that keeps everything."""
+        """Plan that keeps everything, for ``batch`` rows of ``heads`` heads, ``q_len`` queries and ``k_len`` keys."""
         shape = (1, 1, -(-q_len // block_q), -(-k_len // block_k))
         mask = torch.ones(shape, dtype=torch.bool, device=device)
         return cls.from_mask(mask, q_len, k_len, batch=batch, heads=heads, block_q=block_q, block_k=block_k)
 
     def with_key_lengths(self, key_lengths: Tensor | None) -> BlockPlan:
-        """The same structure for a call in which other keys are padding."""
+        """The same structure for a call in which other keys are padding.
+
+        Args:
+            key_lengths: ``[batch]`` int32, leading key positions that may be read, at least 1; None means all.
+
+        """
         return replace(self, key_lengths=key_lengths)
 
     @property

@@ -40,6 +40,9 @@ class Config:
         strict: raise instead of falling back to dense attention.
         timing: measure planning and attention time per call (on a GPU this adds events to the stream).
 
+    Raises:
+        UsageError: a value out of range, naming the option, what was expected and what came.
+
     """
 
     method: str = DEFAULT_METHOD

@@ -30,12 +30,16 @@ _CURVES = ("error", "recall", "density", "cost", "weight")
 class LayerProfile:
     """What was measured of one layer, on the CPU; C candidates, n densities.
 
-    step: denoising step it was measured in.
-    candidates: their names.
-    error, recall, density, cost: ``[C, n, B, H]`` fp32: relative L2 error of the output on the sampled rows, softmax
-        mass of the keys that are read, executed density, and cost relative to dense attention.
-    weight: ``[B, H]`` fp32, each head's share of the layer's squared output.
-    choice: ``[B, H]`` int64, index into the flattened C × n options; empty until chosen.
+    Args:
+        step: denoising step it was measured in.
+        candidates: their names.
+        error: ``[C, n, B, H]`` fp32, relative L2 error of the output on the sampled rows.
+        recall: ``[C, n, B, H]`` fp32, softmax mass of the keys that are read, in [0, 1].
+        density: ``[C, n, B, H]`` fp32, executed density, in (0, 1].
+        cost: ``[C, n, B, H]`` fp32, relative to dense attention: density, pooled keys and planning.
+        weight: ``[B, H]`` fp32, each head's share of the layer's squared output.
+        choice: ``[B, H]`` int64, index into the flattened C × n options; empty until chosen.
+
     """
 
     step: int
@@ -68,10 +72,12 @@ class LayerProfile:
 class HeadProfile:
     """Curves of all layers of a run.
 
-    layers: by (model, branch, layer).
-    grid: the token grid they hold for, with any number of text tokens.
-    steps: denoising steps of the run, if known.
-    pipeline: what the run was made of (models, scheduler), see ``mismatch``.
+    Args:
+        layers: by (model, branch, layer).
+        grid: the token grid they hold for, with any number of text tokens.
+        steps: denoising steps of the run, if known.
+        pipeline: what the run was made of (models, scheduler), see ``mismatch``.
+
     """
 
     layers: dict[tuple[str, str, int], LayerProfile]

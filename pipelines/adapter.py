@@ -48,7 +48,15 @@ class Handle:
         return f"Handle({state})"
 
     def summary(self) -> dict[str, Any]:
-        """What the engine has done so far: density, kernels, fallbacks with reasons."""
+        """What the engine has done in the current or last run, as plain values.
+
+        Returns:
+            ``method``, ``config``; ``calls`` by kind; ``density_all_calls``, ``density_sparse_calls``,
+            ``density_by_layer``, ``density_by_step`` (shares of all pairs); ``estimated_error`` in all, by layer and
+            by step (relative L2); ``impls``, ``dense_reasons``, ``refresh_reasons`` and ``fallbacks`` (numbers of
+            calls); ``plan_s``, ``attend_s``, ``monitor_s`` (seconds, 0 without ``timing``); ``plan_bytes``.
+
+        """
         return dict(self.engine.summary())
 
     def head_profile(self) -> HeadProfile:
@@ -92,7 +100,12 @@ class SparseAttnProcessor:
     """What ``pipe.set_attn_processor(...)`` and ``transformer.set_attn_processor(...)`` take.
 
     A request, not a processor that runs: it makes the pipeline wrap the processors of its video self-attention and
-    leaves cross-attention, text refiners and audio alone. See :func:`enable` for the arguments.
+    leaves cross-attention, text refiners and audio alone.
+
+    Args:
+        method: as for :func:`enable`.
+        **options: as for :func:`enable`; they are checked when the request is used.
+
     """
 
     dsattn_request = True
@@ -126,7 +139,8 @@ def enable(target: Any, method: Method | None = None, **options: Any) -> Handle:
 
     Raises:
         ValueError: no transformer is supported, none of its attention modules is recognised, or a head profile was
-            made for another model or scheduler.
+            made for another model or scheduler; also ``UsageError``: an unknown method or option, or a value out of
+            range.
         RuntimeError: dsattn is already enabled there.
 
     """
@@ -146,7 +160,7 @@ def disable(target: Any) -> None:
 
 @contextmanager
 def enabled(target: Any, method: Method | None = None, **options: Any) -> Iterator[Handle]:
-    """:func:`enable` for the length of a ``with`` block."""
+    """:func:`enable` for the length of a ``with`` block; arguments and errors are the same."""
     handle = enable(target, method, **options)
     try:
         yield handle
@@ -155,7 +169,7 @@ def enabled(target: Any, method: Method | None = None, **options: Any) -> Iterat
 
 
 def summary(target: Any) -> dict[str, Any]:
-    """What dsattn has done on this pipeline or transformer: density, kernels, fallbacks with reasons.
+    """What dsattn has done on this pipeline or transformer, see :meth:`Handle.summary`.
 
     Raises:
         RuntimeError: dsattn is not enabled there.
@@ -174,6 +188,11 @@ def attn_processors(transformer: nn.Module, method: Method | None = None, **opti
     Video self-attention gets a sparse processor, every other module keeps its own object. The transformer's forward is
     hooked at once, which changes nothing until the dictionary is set; :func:`disable` undoes both.
 
+    Args:
+        transformer: a diffusers video transformer.
+        method: as for :func:`enable`.
+        **options: as for :func:`enable`.
+
     Raises:
         TypeError: ``transformer`` has no ``set_attn_processor`` (use :func:`enable`).
         ValueError, RuntimeError: as :func:`enable`.
@@ -190,6 +209,10 @@ def set_attn_processor(target: Any, processor: Any) -> None:
     """Behind ``pipe.set_attn_processor``: a :class:`SparseAttnProcessor` replaces what dsattn had set.
 
     Anything else is handed to the denoising models as it is, after dsattn has been taken off them.
+
+    Args:
+        target: a diffusers pipeline or a transformer.
+        processor: a request, or a processor (or dictionary of them) as diffusers takes it.
 
     Raises:
         AttributeError: the pipeline has no denoising model whose processors can be set.

@@ -36,7 +36,7 @@ class RadialConfig:
     """Options of ``radial``.
 
     Args:
-        decay: factor on the window of frames two or more apart, in (0, 1]; smaller is sparser.
+        decay: factor on the window of frames two or more apart, in [0, 1]; smaller is sparser.
         block: tokens per block, 32, 64 or 128; also the narrowest window.
         sink: every query reads the whole first frame (the original: yes for Wan, no for HunyuanVideo).
         compat: ``"original"`` reproduces the published mask, ``"corrected"`` covers every token.

@@ -17,11 +17,13 @@ from dsattn.methods.budget import Table, at_step
 class Ranked:
     """Block pairs in the order in which growing density takes them in.
 
-    share: ``[b, h, Nq, Nk]`` fp32, b and h as in a plan: a query block reads a key block exactly at densities from
-        this one on; at most 1, and negative where it always does.
-    make: plan from a block map ``[b, h, Nq, Nk]``.
-    before: ``[b, h, Nq, Nk]`` fp32, the share of the estimated softmax mass that better blocks hold, negative where a
-        block is always read; for methods that can keep blocks by their mass.
+    Args:
+        share: ``[b, h, Nq, Nk]`` fp32, b and h as in a plan: a query block reads a key block exactly at densities from
+            this one on; at most 1, and negative where it always does.
+        make: plan from a block map ``[b, h, Nq, Nk]`` bool.
+        before: ``[b, h, Nq, Nk]`` fp32, the share of the estimated softmax mass that better blocks hold, negative
+            where a block is always read; for methods that can keep blocks by their mass.
+
     """
 
     share: Tensor
@@ -29,7 +31,7 @@ class Ranked:
     before: Tensor | None = None
 
     def at(self, density: Tensor | float) -> BlockPlan:
-        """Plan that reads this share of the keys, a number or ``[b, h]``."""
+        """Plan that reads this share of the keys, a number or ``[b, h]``, in (0, 1]."""
         if isinstance(density, Tensor):
             density = density[..., None, None]
         return self.make(self.share <= density)
