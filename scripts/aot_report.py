@@ -26,11 +26,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dsattn.kernels import (
-    block_sparse,
     block_sparse_backward,
+    block_sparse_kernel,
     block_tail,
     cluster_errors_triton,
     kmeans_triton,
+    launch,
     linear_attention,
     segments_triton,
 )
@@ -136,13 +137,13 @@ class Measured:
     error: str | None = None
 
 
-def tiles_of(variant: Variant | Helper, target: GPUTarget) -> block_sparse.Tiles:
+def tiles_of(variant: Variant | Helper, target: GPUTarget) -> launch.Tiles:
     """Tile shape that the launcher would pick."""
     if isinstance(variant, Helper):
         if variant.kernel == "tail":
-            return block_sparse.pick_tiles(64, 32, variant.head_dim, DTYPES[variant.dtype], target.arch)
+            return launch.pick_tiles(64, 32, variant.head_dim, DTYPES[variant.dtype], target.arch)
         # "means" has tiles of its own, and Triton's default of stages.
-        means = block_sparse.Tiles(segments_triton.BLOCK_S, variant.head_dim, segments_triton.WARPS, 3)
+        means = launch.Tiles(segments_triton.BLOCK_S, variant.head_dim, segments_triton.WARPS, 3)
         pick = {"assign": kmeans_triton.pick_tiles, "errors": cluster_errors_triton.pick_tiles}.get(variant.kernel)
         return pick(variant.head_dim, DTYPES[variant.dtype], target.arch) if pick else means
     shape = (variant.block_q, variant.block_k, variant.head_dim, DTYPES[variant.dtype], target.arch)
@@ -150,7 +151,7 @@ def tiles_of(variant: Variant | Helper, target: GPUTarget) -> block_sparse.Tiles
         return block_sparse_backward.pick_tiles(*shape)[BACKWARD[variant.features][1]]
     if variant.features in LINEAR:
         return linear_attention.pick_tiles(variant.head_dim, DTYPES[variant.dtype])[LINEAR[variant.features][1]]
-    return block_sparse.pick_tiles(*shape)
+    return launch.pick_tiles(*shape)
 
 
 def source(variant: Variant | Helper, target: GPUTarget) -> ASTSource:
@@ -189,11 +190,11 @@ def source(variant: Variant | Helper, target: GPUTarget) -> ASTSource:
         "HAS_Q_STARTS": has["starts"], "HAS_K_STARTS": has["starts"],
         "HAS_KEY_LENGTHS": has["key_lengths"], "HAS_TAIL": has["tail"], "HAS_BLOCK_TAIL": has["block_tail"],
         "HAS_VERDICT": has["verdict"], "PV_SKIP": has["pv_skip"],
-        "PRECISION": block_sparse.precision(dtype, target.backend),
+        "PRECISION": launch.precision(dtype, target.backend),
         "stride_qd": 1, "stride_kd": 1, "stride_vd": 1,
     }  # fmt: skip
     constants.update({name: None for name, kind in pointers.items() if kind is None})
-    return _specialised(block_sparse._forward, pointers, constants)
+    return _specialised(block_sparse_kernel._forward, pointers, constants)
 
 
 def backward_source(variant: Variant, target: GPUTarget) -> ASTSource:
@@ -210,7 +211,7 @@ def backward_source(variant: Variant, target: GPUTarget) -> ASTSource:
         "D": dim, "DV": dim, "BLOCK_D": padded, "BLOCK_DV": padded,
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
         "TILES_Q": triton.cdiv(variant.block_q, tiles.block_m), "TILES_K": triton.cdiv(variant.block_k, tiles.block_n),
-        "HAS_KEY_LENGTHS": True, "PRECISION": block_sparse.precision(DTYPES[variant.dtype], target.backend),
+        "HAS_KEY_LENGTHS": True, "PRECISION": launch.precision(DTYPES[variant.dtype], target.backend),
         "stride_qd": 1, "stride_kd": 1, "stride_vd": 1, "stride_od": 1,
     }  # fmt: skip
     return _specialised(BACKWARD[variant.features][0], pointers, constants)
@@ -274,7 +275,7 @@ def helper_source(variant: Helper, target: GPUTarget) -> ASTSource:
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_S": tiles.block_m, "BLOCK_C": tiles.block_n,
         "HAS_LOW": half, "OUTPUT": True,
         **dict.fromkeys(("HAS_ORDER", "HAS_STARTS", "HAS_KEY_LENGTHS", "HAS_EMPTY", "HAS_WEIGHTS"), True),
-        "PRECISION": block_sparse.precision(DTYPES[variant.dtype], target.backend),
+        "PRECISION": launch.precision(DTYPES[variant.dtype], target.backend),
         "stride_xd": 1, "stride_kd": 1, "stride_vd": 1,
     }  # fmt: skip
     constants = {name: x for name, x in constants.items() if name in kernel.arg_names}
@@ -413,7 +414,7 @@ def main(
     """Compile the kernels ahead of time and report what it needs on each GPU."""
     if unknown := set(target or ()) - set(TARGETS):
         raise typer.BadParameter(f"unknown target {', '.join(sorted(unknown))}; known: {', '.join(TARGETS)}")
-    if block_sparse.why_unavailable(torch.device("cpu")) is None:
+    if launch.why_unavailable(torch.device("cpu")) is None:
         raise typer.BadParameter("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
     work = [(v, t) for t in target or TARGETS for v in VARIANTS if variant in v.name]
     if not work:

@@ -1,0 +1,106 @@
+"""How Triton kernels are compiled here: tile shapes by architecture, precision of products, and what can run at all."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+
+from dsattn.errors import ImplUnavailableError
+
+LOG2E = math.log2(math.e)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Read once, when the kernels beside this are decorated.
+_INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+class Tiles(NamedTuple):
+    """Compile-time shape of one program: tile of queries, tile of keys, warps, software pipeline stages."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+# Largest tiles that compile without spills, by kind of matrix unit and padded head_dim; scripts/aot_report.py
+# shows registers, spills and shared memory of every entry. "mma": Ampere, Ada, consumer Blackwell; "wgmma": Hopper
+# and datacenter Blackwell; "mfma": AMD CDNA; "interpreter": no such limits, and few large steps are fastest.
+_HALF = {
+    "mma": {64: Tiles(128, 32, 4, 2), 128: Tiles(128, 32, 8, 2), 256: Tiles(64, 32, 8, 2)},
+    "wgmma": {64: Tiles(128, 64, 4, 2), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 8, 3)},
+    "mfma": {64: Tiles(128, 64, 4, 2), 128: Tiles(128, 64, 4, 2), 256: Tiles(64, 32, 4, 2)},
+}
+# Float32 is for exactness, not speed: each product is three (CUDA) or runs at a quarter of the rate (AMD).
+_SINGLE = {64: Tiles(32, 32, 4, 2), 128: Tiles(16, 32, 4, 2), 256: Tiles(16, 16, 8, 2)}
+_INTERPRETER = Tiles(64, 64, 1, 1)
+
+
+def pick_tiles(block_q: int, block_k: int, head_dim: int, dtype: torch.dtype, arch: int | str) -> Tiles:
+    """Tile shape for a plan's block sizes.
+
+    Args:
+        block_q, block_k: the plan's block sizes, in positions; a tile never spans two blocks.
+        head_dim: the larger of D and Dv, at most 256.
+        dtype: of q, k, v.
+        arch: compute capability (80, 90, …), an AMD architecture (``"gfx942"``), or ``"interpreter"``.
+
+    Raises:
+        ImplUnavailableError: head_dim above 256.
+
+    """
+    if head_dim > 256:
+        raise ImplUnavailableError(
+            f"impl='triton' takes head_dim up to 256, got {head_dim}; pass impl='torch' or 'reference'"
+        )
+    padded = max(64, triton.next_power_of_2(head_dim))
+    if arch == "interpreter":
+        largest = _INTERPRETER
+    elif dtype == torch.float32:
+        largest = _SINGLE[padded]
+    else:
+        largest = _HALF[matrix_unit(arch)][padded]
+    block_m = min(largest.block_m, max(16, triton.next_power_of_2(block_q)))
+    block_n = min(largest.block_n, max(16, triton.next_power_of_2(block_k)))
+    # Smaller tiles need fewer warps to hold them.
+    warps = largest.warps if block_m == largest.block_m else min(largest.warps, 4)
+    return Tiles(block_m, block_n, warps, largest.stages)
+
+
+def matrix_unit(arch: int | str) -> str:
+    """``"mma"``, ``"wgmma"`` or ``"mfma"``."""
+    if isinstance(arch, str):
+        return "mfma"
+    return "wgmma" if 90 <= arch < 120 else "mma"
+
+
+def precision(dtype: torch.dtype, backend: str) -> str:
+    """How the kernel multiplies: on CUDA, fp32 becomes three TF32 products, close to IEEE at tensor-core speed."""
+    return "tf32x3" if backend == "cuda" and dtype == torch.float32 else "ieee"
+
+
+def backend() -> str:
+    """``"cuda"``, ``"hip"`` or ``"interpreter"``."""
+    if _INTERPRETED:
+        return "interpreter"
+    return "hip" if torch.version.hip else "cuda"
+
+
+def why_unavailable(device: torch.device) -> str | None:
+    """Reason why the kernel cannot run on tensors of a device, or None."""
+    if device.type == "cuda" or backend() == "interpreter":
+        return None
+    return f"it needs CUDA tensors, got {device.type}; pass impl='flex', 'torch' or 'reference'"
+
+
+def architecture(device: torch.device) -> int | str:
+    """Compute capability (80, 90, …), AMD architecture, or ``"interpreter"``."""
+    kind = backend()
+    if kind == "interpreter":
+        return kind
+    if kind == "hip":
+        return torch.cuda.get_device_properties(device).gcnArchName
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
