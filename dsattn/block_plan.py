@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -204,7 +204,7 @@ class BlockPlan:
 
         """
         listed = torch.arange(self.indices.shape[-1], device=self.device) < self.counts[..., None]
-        readable = listed & _pick_columns(self.k_sizes > 0, self.indices)
+        readable = listed & pick_columns(self.k_sizes > 0, self.indices)
         kept = pick_bits(bits, self.indices) & listed
         first = readable & (readable.cumsum(-1, dtype=torch.int32) == 1)
         kept = kept | (first & ~(kept & readable).any(-1, keepdim=True))
@@ -264,6 +264,11 @@ class BlockPlan:
     def k_block_of_token(self) -> Tensor:
         """``[b, h, k_len]`` int64: key block of every token, whether it may be read or not."""
         return _block_of_token(self.k_edges, self.k_order, self.k_len)
+
+    @cached_property
+    def derived(self) -> dict[tuple[str, int], Any]:
+        """What kernels made of this plan and will need again, by name and tile size; lives as long as the plan."""
+        return {}
 
     # -- meaning --------------------------------------------------------------------------------------
 
@@ -368,7 +373,7 @@ def _edges(length: int, block: int, starts: Tensor | None, device: torch.device)
     return torch.arange(0, length + block, block, device=device).clamp_(max=length)[None, None]
 
 
-def _pick_columns(columns: Tensor, indices: Tensor) -> Tensor:
+def pick_columns(columns: Tensor, indices: Tensor) -> Tensor:
     """``[B, H, Nq, K]``: the entries of ``columns [b, h, Nk]`` that index lists ``[b, h, Nq, K]`` name."""
     lead = torch.broadcast_shapes(columns.shape[:2], indices.shape[:2])  # type: ignore[no-untyped-call]
     rows = columns.expand(*lead, -1)[:, :, None].expand(-1, -1, indices.shape[2], -1)

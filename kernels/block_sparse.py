@@ -14,6 +14,7 @@ from dsattn.kernels.block_sparse_kernel import _forward
 from dsattn.kernels.block_tail import block_tail
 from dsattn.kernels.launch import DTYPES, LOG2E, architecture, backend, pick_tiles, precision, why_unavailable
 from dsattn.kernels.pooling import pool_blocks
+from dsattn.kernels.program_order import ends_of_keys, order_of_blocks, order_of_tiles
 from dsattn.verdict import VerdictRule
 
 
@@ -65,12 +66,15 @@ def block_sparse_attention(
     q_order, k_order, q_starts, k_starts = (
         None if x is None else spread(x) for x in (plan.q_order, plan.k_order, plan.q_starts, plan.k_starts)
     )
-    tiles_q = triton.cdiv(plan.block_q, tiles.block_m)
-    programs = plan.num_q_blocks * tiles_q
-    tile_block = tile_start = None
-    if q_starts is not None:
-        programs = -(-q_len // tiles.block_m) + plan.num_q_blocks
-        tile_block, tile_start = map(spread, tile_table(plan, tiles.block_m, programs))
+    if q_starts is None:
+        tiles_q, slots, tile_block, tile_start = triton.cdiv(plan.block_q, tiles.block_m), plan.num_q_blocks, None, None
+        order = order_of_blocks(plan)
+    else:
+        tiles_q, slots = 1, -(-q_len // tiles.block_m) + plan.num_q_blocks
+        order, tile_block, tile_start = order_of_tiles(plan, tiles.block_m, slots)
+    # Lists of keys without gaps between blocks; a verdict is about whole blocks.
+    packed = k_starts is not None and rule is None
+    key_ends = spread(ends_of_keys(plan)) if packed else None
     pooled_k = pooled_v = log_count = kept = None
     if plan.tail == "pooled":
         pooled_k, pooled_v, log_count = pool_blocks(k, v, plan)
@@ -86,10 +90,10 @@ def block_sparse_attention(
     out = torch.empty(batch, q_len, heads, dim_v, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        _forward[(programs, heads, batch)](
+        _forward[(slots * tiles_q * heads * batch,)](
             q, k, v, out, lse,
             counts, indices, tail_value, tail_weight,
-            q_order, k_order, tile_block, tile_start, q_starts, k_starts, plan.key_lengths,
+            q_order, k_order, order, tile_block, tile_start, q_starts, k_starts, key_ends, plan.key_lengths,
             pooled_k, pooled_v, log_count, kept,
             None if rule is None else rule.threshold.float().expand(*lead).contiguous(), needed,
             *(q.stride(i) for i in range(4)), *(k.stride(i) for i in range(4)), *(v.stride(i) for i in range(4)),
@@ -97,8 +101,9 @@ def block_sparse_attention(
             *leading_strides(counts), *indices.stride()[:3],
             *leading_strides(q_order), *leading_strides(k_order),
             *leading_strides(tile_block), *leading_strides(q_starts), *leading_strides(k_starts),
+            *((0, 0, 0) if key_ends is None else key_ends.stride()[:3]),
             *((0, 0, 0) if kept is None else kept.stride()[:3]),
-            q_len, k.shape[1], plan.num_q_blocks, plan.num_k_blocks, heads, plan.block_q, plan.block_k,
+            q_len, k.shape[1], plan.num_q_blocks, plan.num_k_blocks, heads, plan.block_q, plan.block_k, slots,
             scale * LOG2E, 0.0 if rule is None or rule.pv_skip is None else float(rule.pv_skip),
             D=dim, DV=dim_v,
             BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(dim_v)),
@@ -106,31 +111,13 @@ def block_sparse_attention(
             TILES_Q=tiles_q, TILES_K=triton.cdiv(plan.block_k, tiles.block_n),
             HAS_Q_ORDER=q_order is not None, HAS_K_ORDER=k_order is not None,
             HAS_Q_STARTS=q_starts is not None, HAS_K_STARTS=k_starts is not None,
-            HAS_BLOCK_TAIL=tail_weight is not None,
+            SEARCH=indices.shape[-1].bit_length() if packed else 0, HAS_BLOCK_TAIL=tail_weight is not None,
             HAS_KEY_LENGTHS=plan.key_lengths is not None, HAS_TAIL=kept is not None,
             PRECISION=precision(q.dtype, backend()),
             HAS_VERDICT=rule is not None, PV_SKIP=rule is not None and rule.pv_skip is not None,
             num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out.to(dtype), lse
-
-
-def tile_table(plan: BlockPlan, block_m: int, programs: int) -> tuple[Tensor, Tensor]:
-    """Which tile of queries each program computes when query blocks vary in size.
-
-    Returns:
-        ``block [b, h, programs]`` and ``start [b, h, programs]`` int32: query block and first position of each tile.
-        Programs bounds the number of tiles without reading any value; surplus programs get block ``Nq``.
-
-    """
-    tiles = (plan.q_sizes + block_m - 1) // block_m
-    ends = tiles.cumsum(-1)
-    ids = torch.arange(programs, device=plan.device).expand(*ends.shape[:2], -1).contiguous()
-    block = torch.searchsorted(ends, ids, right=True)
-    owner = block.clamp(max=plan.num_q_blocks - 1)
-    within = ids - (ends - tiles).gather(-1, owner)
-    start = plan.q_edges.gather(-1, owner) + within * block_m
-    return block.int(), start.int()
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:

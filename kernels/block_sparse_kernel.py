@@ -32,8 +32,9 @@ _UNSPECIALIZED = (
     "stride_cb", "stride_ch", "stride_ib", "stride_ih", "stride_ii",
     "stride_qob", "stride_qoh", "stride_kob", "stride_koh",
     "stride_tb", "stride_th", "stride_qsb", "stride_qsh", "stride_ksb", "stride_ksh",
+    "stride_eb", "stride_eh", "stride_ei",
     "stride_mb", "stride_mh", "stride_mq",
-    "q_len", "k_len", "q_blocks", "k_blocks", "heads", "block_q", "block_k",
+    "q_len", "k_len", "q_blocks", "k_blocks", "heads", "block_q", "block_k", "slots",
 )  # fmt: skip
 
 
@@ -41,7 +42,7 @@ _UNSPECIALIZED = (
 def _forward(  # type: ignore[no-untyped-def]
     Q, K, V, Out, Lse,
     Counts, Indices, TailValue, TailWeight,
-    QOrder, KOrder, TileBlock, TileStart, QStarts, KStarts, KeyLengths,
+    QOrder, KOrder, ProgramOrder, TileBlock, TileStart, QStarts, KStarts, KeyEnds, KeyLengths,
     PooledK, PooledV, LogCount, Kept,
     Threshold, Needed,
     stride_qb, stride_qs, stride_qh, stride_qd,
@@ -51,29 +52,37 @@ def _forward(  # type: ignore[no-untyped-def]
     stride_cb, stride_ch, stride_ib, stride_ih, stride_ii,
     stride_qob, stride_qoh, stride_kob, stride_koh,
     stride_tb, stride_th, stride_qsb, stride_qsh, stride_ksb, stride_ksh,
+    stride_eb, stride_eh, stride_ei,
     stride_mb, stride_mh, stride_mq,
-    q_len, k_len, q_blocks, k_blocks, heads, block_q, block_k, scale, pv_skip,
+    q_len, k_len, q_blocks, k_blocks, heads, block_q, block_k, slots, scale, pv_skip,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_Q: tl.constexpr, TILES_K: tl.constexpr,
     HAS_Q_ORDER: tl.constexpr, HAS_K_ORDER: tl.constexpr,
-    HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr, HAS_BLOCK_TAIL: tl.constexpr,
+    HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr, SEARCH: tl.constexpr, HAS_BLOCK_TAIL: tl.constexpr,
     HAS_KEY_LENGTHS: tl.constexpr, HAS_TAIL: tl.constexpr, PRECISION: tl.constexpr,
     HAS_VERDICT: tl.constexpr, PV_SKIP: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(query tiles, heads, batch)``. ``scale`` includes log2(e); 64-bit wherever a length meets a stride."""
-    h = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
+    """Grid: one program per tile of every row in ``ProgramOrder``; ``scale`` includes log2(e).
+
+    ``SEARCH`` above 0: keys are listed without gaps between blocks, and so many halvings find a key's block.
+    A head has ``slots`` rows: query blocks of ``TILES_Q`` tiles each, or, where they vary in size, tiles.
+    64-bit wherever a length meets a stride.
+    """
+    row = tl.load(ProgramOrder + tl.program_id(0) // TILES_Q)
+    slot = row % slots
+    h = (row // slots % heads).to(tl.int64)
+    b = (row // slots // heads).to(tl.int64)
 
     # Which positions: [start, end) of query block `block`.
     if HAS_Q_STARTS:
-        tile = b * stride_tb + h * stride_th + tl.program_id(0)
+        tile = b * stride_tb + h * stride_th + slot
         block = tl.load(TileBlock + tile)
         if block >= q_blocks:  # the grid is an upper bound
             return
         start = tl.load(TileStart + tile)
         end = tl.load(QStarts + b * stride_qsb + h * stride_qsh + block + 1)
     else:
-        block = tl.program_id(0) // TILES_Q
+        block = slot
         start = block * block_q + (tl.program_id(0) % TILES_Q) * BLOCK_M
         end = tl.minimum((block + 1) * block_q, q_len)
         if start >= end:
@@ -112,7 +121,11 @@ def _forward(  # type: ignore[no-untyped-def]
     columns = tl.arange(0, BLOCK_N)
 
     tiles = count * TILES_K
-    if HAS_K_STARTS:
+    if SEARCH:
+        KeyEnds += b * stride_eb + h * stride_eh + block.to(tl.int64) * stride_ei
+        listed = tl.load(KeyEnds + tl.maximum(count - 1, 0))
+        tiles = tl.cdiv(tl.where(count > 0, listed, 0), BLOCK_N)
+    elif HAS_K_STARTS:
         tiles = _count_tiles(Indices, KStarts, count, readable, BLOCK_N)
     if HAS_VERDICT:
         threshold = tl.load(Threshold + b * heads + h)
@@ -123,20 +136,27 @@ def _forward(  # type: ignore[no-untyped-def]
     item = 0
     offset = 0
     for t in range(tiles):
-        if HAS_K_STARTS:
-            j = tl.load(Indices + item)
+        if SEARCH:
+            in_range = t * BLOCK_N + columns < listed
+            places = _listed_keys(Indices, KStarts, KeyEnds, count, t * BLOCK_N + columns, in_range, SEARCH)
+        elif HAS_K_STARTS:
+            j = tl.load(Indices + item).to(tl.int32)
             k_start = tl.load(KStarts + j) + offset
             k_end = tl.minimum(tl.load(KStarts + j + 1), readable)
             finished = k_start + BLOCK_N >= k_end
             item = tl.where(finished, item + 1, item)
             offset = tl.where(finished, 0, offset + BLOCK_N)
         else:
-            j = tl.load(Indices + t // TILES_K)
+            j = tl.load(Indices + t // TILES_K).to(tl.int32)
             k_start = j * block_k + (t % TILES_K) * BLOCK_N
             k_end = tl.minimum((j + 1) * block_k, readable)
-        in_range = columns < k_end - k_start
-        if HAS_K_ORDER:
-            tokens = tl.load(KOrder + k_start + columns, mask=in_range, other=0).to(tl.int64)
+        if not SEARCH:
+            in_range = columns < k_end - k_start
+            places = k_start + columns
+        if HAS_K_ORDER or SEARCH:
+            tokens = places.to(tl.int64)
+            if HAS_K_ORDER:
+                tokens = tl.load(KOrder + places, mask=in_range, other=0).to(tl.int64)
             k_pointers = K + tokens[:, None] * stride_ks + dims[None, :] * stride_kd
             v_pointers = V + tokens[:, None] * stride_vs + dims_v[None, :] * stride_vd
         else:
@@ -223,9 +243,24 @@ def _count_tiles(Indices, KStarts, count, readable, BLOCK_N: tl.constexpr):  # t
     for first in range(0, count, 128):
         items = first + tl.arange(0, 128)
         mask = items < count
-        j = tl.load(Indices + items, mask=mask, other=0)
+        j = tl.load(Indices + items, mask=mask, other=0).to(tl.int32)
         k_start = tl.load(KStarts + j)
         size = tl.minimum(tl.load(KStarts + j + 1), readable) - k_start
         per_block = tl.maximum((size + BLOCK_N - 1) // BLOCK_N, 1)
         tiles += tl.sum(tl.where(mask, per_block, 0))
     return tiles
+
+
+@triton.jit
+def _listed_keys(Indices, KStarts, KeyEnds, count, ranks, mask, SEARCH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Positions of the keys ``ranks [N]`` of a row's list, which runs from block to block without gaps."""
+    low = tl.zeros_like(ranks)
+    high = low + count - 1
+    for _ in tl.static_range(SEARCH):
+        middle = (low + high) // 2
+        behind = tl.load(KeyEnds + middle, mask=mask, other=0) <= ranks
+        low = tl.where(behind, tl.minimum(middle + 1, high), low)
+        high = tl.where(behind, high, middle)
+    before = tl.load(KeyEnds + low - 1, mask=mask & (low > 0), other=0)
+    j = tl.load(Indices + low, mask=mask, other=0).to(tl.int32)
+    return tl.load(KStarts + j, mask=mask, other=0) + ranks - before

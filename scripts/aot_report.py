@@ -166,14 +166,16 @@ def source(variant: Variant | Helper, target: GPUTarget) -> ASTSource:
     tiles = tiles_of(variant, target)
     known = {feature for features in FEATURES.values() for feature in features}
     has = {feature: feature in FEATURES[variant.features] for feature in known}
+    packed = has["starts"] and not has["verdict"]
     element = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}[variant.dtype]
     padded = max(16, triton.next_power_of_2(dim))
     pointers: dict[str, str | None] = {
         **dict.fromkeys(("Q", "K", "V", "Out"), element),
         **dict.fromkeys(("Lse",), "*fp32"),
-        **dict.fromkeys(("Counts", "Indices"), "*i32"),
+        **dict.fromkeys(("Counts", "Indices", "ProgramOrder"), "*i32"),
         **dict.fromkeys(("QOrder", "KOrder"), "*i64" if has["order"] else None),
         **dict.fromkeys(("TileBlock", "TileStart", "QStarts", "KStarts"), "*i32" if has["starts"] else None),
+        "KeyEnds": "*i32" if packed else None,
         "KeyLengths": "*i32" if has["key_lengths"] else None,
         **dict.fromkeys(("PooledK", "PooledV"), element if has["tail"] else None),
         "LogCount": "*fp32" if has["tail"] else None,
@@ -185,9 +187,11 @@ def source(variant: Variant | Helper, target: GPUTarget) -> ASTSource:
     constants: dict[str, Any] = {
         "D": dim, "DV": dim, "BLOCK_D": padded, "BLOCK_DV": padded,
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
-        "TILES_Q": triton.cdiv(variant.block_q, tiles.block_m), "TILES_K": triton.cdiv(variant.block_k, tiles.block_n),
+        "TILES_Q": 1 if has["starts"] else triton.cdiv(variant.block_q, tiles.block_m),
+        "TILES_K": triton.cdiv(variant.block_k, tiles.block_n),
         "HAS_Q_ORDER": has["order"], "HAS_K_ORDER": has["order"],
         "HAS_Q_STARTS": has["starts"], "HAS_K_STARTS": has["starts"],
+        "SEARCH": 10 if packed else 0,
         "HAS_KEY_LENGTHS": has["key_lengths"], "HAS_TAIL": has["tail"], "HAS_BLOCK_TAIL": has["block_tail"],
         "HAS_VERDICT": has["verdict"], "PV_SKIP": has["pv_skip"],
         "PRECISION": launch.precision(dtype, target.backend),

@@ -10,7 +10,7 @@ import torch
 
 from dsattn.block_plan import BlockPlan
 from dsattn.errors import ImplUnavailableError
-from dsattn.kernels import block_sparse, block_tail, launch, pooling
+from dsattn.kernels import block_sparse, block_tail, launch, pooling, program_order
 
 from . import plans
 
@@ -68,7 +68,7 @@ def test_tile_table_covers_every_query_once():
         mask = torch.ones(1, 1, blocks, 1, dtype=torch.bool)
         plan = BlockPlan.from_mask(mask, length, 16, batch=2, heads=3, q_starts=starts, block_k=16)
         programs = -(-length // 32) + blocks
-        block, start = block_sparse.tile_table(plan, 32, programs)
+        block, start = program_order.tile_table(plan, 32, programs)
         assert block.shape == start.shape == (2, 3, programs)
         for b in range(2):
             for h in range(3):
