@@ -10,9 +10,20 @@ from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
 from dsattn.errors import ImplUnavailableError
+from dsattn.kernels import block_sparse_tma
 from dsattn.kernels.block_sparse_kernel import _forward
 from dsattn.kernels.block_tail import block_tail
-from dsattn.kernels.launch import DTYPES, LOG2E, architecture, backend, pick_tiles, precision, why_unavailable
+from dsattn.kernels.launch import (
+    DTYPES,
+    LOG2E,
+    Tiles,
+    architecture,
+    backend,
+    pick_specialized,
+    pick_tiles,
+    precision,
+    why_unavailable,
+)
 from dsattn.kernels.pooling import pool_blocks
 from dsattn.kernels.program_order import ends_of_keys, order_of_blocks, order_of_tiles
 from dsattn.verdict import VerdictRule
@@ -45,14 +56,40 @@ def block_sparse_attention(
 
     """
     _check(q, k, v, plan)
-    if scale <= 0:  # the kernel takes a positive factor; q·k·scale stays the same
+    if scale <= 0:  # the kernels take a positive factor; q·k·scale stays the same
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     dtype = q.dtype
     if backend() == "interpreter" and dtype == torch.bfloat16:  # which the interpreter multiplies as integers
         q, k, v = q.float(), k.float(), v.float()
+    arch = architecture(q.device)
+    size = (plan.block_q, plan.block_k, max(q.shape[-1], v.shape[-1]), q.dtype, arch)
+    tail = None
+    if plan.tail == "pooled_block":
+        shape = pick_tiles(64, 32, *size[2:])
+        how = shape._asdict() | {"precision": precision(q.dtype, backend()), "scale_log2": scale * LOG2E}
+        tail = block_tail(q, k, v, plan, **how)
+    special = pick_specialized(*size) if rule is None else None
+    if special is not None and block_sparse_tma.why_not(q, k, v, plan, special.tiles) is None:
+        out, lse = block_sparse_tma.block_sparse_attention(q, k, v, plan, scale=scale, how=special, tail=tail)
+    else:
+        out, lse = _launch(q, k, v, plan, scale, pick_tiles(*size), tail, rule, needed)
+    return out.to(dtype), lse
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: BlockPlan,
+    scale: float,
+    tiles: Tiles,
+    tail: tuple[Tensor, Tensor] | None,
+    rule: VerdictRule | None,
+    needed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`block_sparse_kernel` for any plan; ``tail`` is what ``block_tail`` made of the plan's."""
     batch, q_len, heads, dim = q.shape
     dim_v = v.shape[-1]
-    tiles = pick_tiles(plan.block_q, plan.block_k, max(dim, dim_v), q.dtype, architecture(q.device))
     lead = (batch, heads)
 
     def spread(x: Tensor) -> Tensor:
@@ -81,12 +118,7 @@ def block_sparse_attention(
         pooled_k, pooled_v = pooled_k.to(q.dtype).contiguous(), pooled_v.to(q.dtype).contiguous()
         log_count = (log_count * LOG2E).contiguous()
         kept = spread(plan.block_mask.view(torch.uint8))
-    tail_value = tail_weight = None
-    if plan.tail == "pooled_block":
-        shape = pick_tiles(64, 32, max(dim, dim_v), q.dtype, architecture(q.device))
-        how = shape._asdict() | {"precision": precision(q.dtype, backend()), "scale_log2": scale * LOG2E}
-        tail_value, tail_weight = block_tail(q, k, v, plan, **how)
-
+    tail_value, tail_weight = (None, None) if tail is None else tail
     out = torch.empty(batch, q_len, heads, dim_v, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
@@ -111,13 +143,13 @@ def block_sparse_attention(
             TILES_Q=tiles_q, TILES_K=triton.cdiv(plan.block_k, tiles.block_n),
             HAS_Q_ORDER=q_order is not None, HAS_K_ORDER=k_order is not None,
             HAS_Q_STARTS=q_starts is not None, HAS_K_STARTS=k_starts is not None,
-            SEARCH=indices.shape[-1].bit_length() if packed else 0, HAS_BLOCK_TAIL=tail_weight is not None,
+            SEARCH=indices.shape[-1].bit_length() if packed else 0, HAS_BLOCK_TAIL=tail is not None,
             HAS_KEY_LENGTHS=plan.key_lengths is not None, HAS_TAIL=kept is not None,
             PRECISION=precision(q.dtype, backend()),
             HAS_VERDICT=rule is not None, PV_SKIP=rule is not None and rule.pv_skip is not None,
             num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
         )  # fmt: skip
-    return out.to(dtype), lse
+    return out, lse
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan) -> None:

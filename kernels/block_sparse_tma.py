@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
 from dsattn.kernels.block_sparse_kernel import _absorb
-from dsattn.kernels.launch import LOG2E, Tiles, backend
+from dsattn.kernels.launch import LOG2E, Specialized, Tiles, backend
 from dsattn.kernels.permute import permute
 from dsattn.kernels.program_order import order_of_blocks
 
@@ -128,8 +128,7 @@ def block_sparse_attention(
     plan: BlockPlan,
     *,
     scale: float,
-    tiles: Tiles,
-    specialize: bool,
+    how: Specialized,
     tail: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as ``block_sparse.block_sparse_attention`` for plans that `why_not` lets pass.
@@ -138,11 +137,11 @@ def block_sparse_attention(
         q, k, v: ``[B, S, H, D]`` of one dtype out of float16, bfloat16 (the interpreter takes float32, too).
         plan: blocks of equal size, whole tiles.
         scale: factor on q·k before the softmax, positive.
-        tiles: from ``launch.pick_specialized``.
-        specialize: give warps roles of their own.
+        how: from ``launch.pick_specialized``.
         tail: what ``block_tail`` made for a plan with ``tail="pooled_block"``.
 
     """
+    tiles = how.tiles
     batch, q_len, heads, dim = q.shape
     dim_v, lead = v.shape[-1], (batch, heads)
     q = permute(q, plan.q_order)
@@ -167,7 +166,7 @@ def block_sparse_attention(
             D=dim, DV=dim_v,
             BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(dim_v)),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, TILES_Q=tiles_q, TILES_K=plan.block_k // tiles.block_n,
-            HAS_KEY_LENGTHS=plan.key_lengths is not None, HAS_BLOCK_TAIL=tail is not None, SPECIALIZE=specialize,
+            HAS_KEY_LENGTHS=plan.key_lengths is not None, HAS_BLOCK_TAIL=tail is not None, SPECIALIZE=how.roles,
             num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
         )  # fmt: skip
 

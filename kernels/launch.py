@@ -38,6 +38,49 @@ _SINGLE = {64: Tiles(32, 32, 4, 2), 128: Tiles(16, 32, 4, 2), 256: Tiles(16, 16,
 _INTERPRETER = Tiles(64, 64, 1, 1)
 
 
+class Specialized(NamedTuple):
+    """How ``block_sparse_tma`` is compiled: tiles, and whether warps get roles of their own."""
+
+    tiles: Tiles
+    roles: bool
+
+
+# The same for ``block_sparse_tma``, by compute capability and padded head_dim; the first entry whose tiles divide the
+# blocks is taken. With roles, Triton adds the producer's warps, and on Hopper those of a second consumer, which takes
+# half of the rows: 64 rows are too few for two, and are left to two programs that share a multiprocessor.
+_TMA = {
+    90: {
+        64: (
+            Specialized(Tiles(128, 128, 4, 3), True),
+            Specialized(Tiles(128, 64, 4, 4), True),
+            Specialized(Tiles(64, 64, 4, 4), False),
+        ),
+        128: (
+            Specialized(Tiles(128, 128, 4, 2), True),
+            Specialized(Tiles(128, 64, 4, 3), True),
+            Specialized(Tiles(64, 64, 4, 3), False),
+        ),
+        256: (Specialized(Tiles(128, 64, 8, 2), False), Specialized(Tiles(64, 64, 4, 2), False)),
+    },
+    100: {
+        64: (Specialized(Tiles(128, 64, 4, 3), True), Specialized(Tiles(64, 64, 4, 4), True)),
+        128: (Specialized(Tiles(128, 64, 8, 3), True), Specialized(Tiles(64, 64, 4, 3), True)),
+        256: (Specialized(Tiles(64, 64, 8, 2), True),),
+    },
+}
+
+
+def pick_specialized(
+    block_q: int, block_k: int, head_dim: int, dtype: torch.dtype, arch: int | str
+) -> Specialized | None:
+    """How ``block_sparse_tma`` should be compiled, or None where `pick_tiles` is all there is; arguments as there."""
+    if not isinstance(arch, int) or dtype == torch.float32 or head_dim > 256:
+        return None
+    entries = _TMA.get(100 if 100 <= arch < 110 else arch, {}).get(max(64, triton.next_power_of_2(head_dim)), ())
+    fitting = (x for x in entries if block_q % x.tiles.block_m == 0 and block_k % x.tiles.block_n == 0)
+    return next(fitting, None)
+
+
 def pick_tiles(block_q: int, block_k: int, head_dim: int, dtype: torch.dtype, arch: int | str) -> Tiles:
     """Tile shape for a plan's block sizes.
 
