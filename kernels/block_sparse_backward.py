@@ -84,7 +84,7 @@ def _backward_q(  # type: ignore[no-untyped-def]
     columns = tl.arange(0, BLOCK_N)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for t in range(count * TILES_K):
-        j = tl.load(Indices + t // TILES_K)
+        j = tl.load(Indices + t // TILES_K).to(tl.int32)
         keys = j * block_k + (t % TILES_K) * BLOCK_N + columns
         in_range = keys < tl.minimum((j + 1) * block_k, readable)
         k = _tile(K, keys, in_range, dims, stride_ks, stride_kd, D, BLOCK_D)
@@ -138,7 +138,7 @@ def _backward_kv(  # type: ignore[no-untyped-def]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for t in range(count * TILES_Q):
-        i = tl.load(Indices + t // TILES_Q)
+        i = tl.load(Indices + t // TILES_Q).to(tl.int32)
         rows = i * block_q + (t % TILES_Q) * BLOCK_M + queries
         in_block = rows < tl.minimum((i + 1) * block_q, q_len)
         q = _tile(Q, rows, in_block, dims, stride_qs, stride_qd, D, BLOCK_D)

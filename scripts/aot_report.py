@@ -1,7 +1,8 @@
 """Compiles the Triton kernels for many GPUs, on a machine without any, and shows what it needs there.
 
 `python scripts/aot_report.py` prints registers, spills, shared memory and the matrix and copy instructions of every
-variant. `--check` compares with kernels/resource_budget.json and fails on a spill or a compile error too many.
+variant. `--check` compares with kernels/resource_budget.json and fails on a spill or a compile error too many, and on
+matrix or copy instructions that a variant had and lost.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from triton.compiler import ASTSource
 from dsattn.kernels import (
     block_sparse_backward,
     block_sparse_kernel,
+    block_sparse_tma,
     block_tail,
     cluster_errors_triton,
     kmeans_triton,
     launch,
     linear_attention,
+    permute,
     segments_triton,
 )
 
@@ -59,6 +62,10 @@ FEATURES = {
     "verdict all": ("verdict", "order", "starts", "tail", "key_lengths"),
     "all": ("order", "starts", "tail", "key_lengths"),
 }
+# The kernel with tensor descriptors, which only some targets have, with everything it takes or with nothing.
+TMA = {"tma": (), "tma all": ("key_lengths", "block_tail")}
+# Instructions whose loss is a failure.
+INSTRUCTIONS = ("wgmma", "tcgen05", "mma", "tma", "setmaxnreg", "cp_async", "ldmatrix")
 # The kernels of the backward pass, which stand where features do; with the tiles each takes of the pair.
 BACKWARD = {
     "backward q": (block_sparse_backward._backward_q, 0),
@@ -82,18 +89,24 @@ class Variant:
     def name(self) -> str:
         return f"{self.dtype} d{self.head_dim} {self.block_q}x{self.block_k} {self.features}"
 
+    @property
+    def special(self) -> bool:
+        return self.features in TMA
+
 
 @dataclass(frozen=True)
 class Helper:
     """One specialisation of a kernel that makes or completes plans, all its features on.
 
-    kernel: "assign" (k-means), "errors" (of pooled clusters, in the output), "means" (over runs of positions) or
-    "tail" (per query block).
+    kernel: "assign" (k-means), "errors" (of pooled clusters, in the output), "means" (over runs of positions),
+    "permute" or "tail" (per query block).
     """
 
     kernel: str
     dtype: str
     head_dim: int
+
+    special = False
 
     @property
     def name(self) -> str:
@@ -102,6 +115,15 @@ class Helper:
 
 VARIANTS: list[Variant | Helper] = [
     *(Variant("bf16", 128, 128, 64, features) for features in FEATURES),
+    *(
+        Variant("bf16", dim, *blocks, "tma all")
+        for dim in (64, 128, 256)
+        for blocks in ((128, 128), (128, 64), (64, 64))
+        if (dim, *blocks) != (256, 128, 128)
+    ),
+    Variant("bf16", 128, 128, 128, "tma"),
+    Variant("fp16", 128, 128, 64, "tma"),
+    Variant("bf16", 96, 128, 64, "tma"),
     Variant("bf16", 128, 64, 64, "fixed"),
     Variant("bf16", 64, 128, 64, "all"),
     Variant("bf16", 256, 64, 64, "fixed"),
@@ -118,6 +140,7 @@ VARIANTS: list[Variant | Helper] = [
     *(Helper("errors", dtype, dim) for dtype in ("bf16", "fp32") for dim in (64, 128)),
     Helper("errors", "bf16", 256),
     *(Helper("means", dtype, dim) for dtype in ("bf16", "fp32") for dim in (64, 128)),
+    Helper("permute", "bf16", 128),
     *(Helper("tail", dtype, dim) for dtype, dim in (("bf16", 128), ("bf16", 256), ("fp32", 128))),
 ]
 
@@ -133,8 +156,25 @@ class Measured:
     tcgen05: int = 0
     mma: int = 0
     tma: int = 0
+    setmaxnreg: int = 0
     cp_async: int = 0
+    ldmatrix: int = 0
     error: str | None = None
+
+
+def variants_of(target_name: str) -> list[Variant | Helper]:
+    """What there is to compile for a target."""
+    special = TARGETS[target_name].arch in (90, 100)
+    return [variant for variant in VARIANTS if special or not variant.special]
+
+
+def how_of(variant: Variant, target: GPUTarget) -> launch.Specialized:
+    """How the launcher would compile the kernel with tensor descriptors."""
+    shape = (variant.block_q, variant.block_k, variant.head_dim, DTYPES[variant.dtype], target.arch)
+    how = launch.pick_specialized(*shape)
+    if how is None:
+        raise ValueError(f"no kernel with tensor descriptors for {variant.name} on {target}")
+    return how
 
 
 def tiles_of(variant: Variant | Helper, target: GPUTarget) -> launch.Tiles:
@@ -144,8 +184,12 @@ def tiles_of(variant: Variant | Helper, target: GPUTarget) -> launch.Tiles:
             return launch.pick_tiles(64, 32, variant.head_dim, DTYPES[variant.dtype], target.arch)
         # "means" has tiles of its own, and Triton's default of stages.
         means = launch.Tiles(segments_triton.BLOCK_S, variant.head_dim, segments_triton.WARPS, 3)
+        if variant.kernel == "permute":
+            return launch.Tiles(permute.ROWS, variant.head_dim, permute.WARPS, 3)
         pick = {"assign": kmeans_triton.pick_tiles, "errors": cluster_errors_triton.pick_tiles}.get(variant.kernel)
         return pick(variant.head_dim, DTYPES[variant.dtype], target.arch) if pick else means
+    if variant.special:
+        return how_of(variant, target).tiles
     shape = (variant.block_q, variant.block_k, variant.head_dim, DTYPES[variant.dtype], target.arch)
     if variant.features in BACKWARD:
         return block_sparse_backward.pick_tiles(*shape)[BACKWARD[variant.features][1]]
@@ -158,6 +202,8 @@ def source(variant: Variant | Helper, target: GPUTarget) -> ASTSource:
     """The kernel as the launcher would specialise it: contiguous head_dim, 16-byte aligned tensors and rows."""
     if isinstance(variant, Helper):
         return helper_source(variant, target)
+    if variant.special:
+        return tma_source(variant, target)
     if variant.features in BACKWARD:
         return backward_source(variant, target)
     if variant.features in LINEAR:
@@ -172,7 +218,8 @@ def source(variant: Variant | Helper, target: GPUTarget) -> ASTSource:
     pointers: dict[str, str | None] = {
         **dict.fromkeys(("Q", "K", "V", "Out"), element),
         **dict.fromkeys(("Lse",), "*fp32"),
-        **dict.fromkeys(("Counts", "Indices", "ProgramOrder"), "*i32"),
+        **dict.fromkeys(("Counts", "ProgramOrder"), "*i32"),
+        "Indices": "*i16",
         **dict.fromkeys(("QOrder", "KOrder"), "*i64" if has["order"] else None),
         **dict.fromkeys(("TileBlock", "TileStart", "QStarts", "KStarts"), "*i32" if has["starts"] else None),
         "KeyEnds": "*i32" if packed else None,
@@ -201,6 +248,29 @@ def source(variant: Variant | Helper, target: GPUTarget) -> ASTSource:
     return _specialised(block_sparse_kernel._forward, pointers, constants)
 
 
+def tma_source(variant: Variant, target: GPUTarget) -> ASTSource:
+    """The kernel with tensor descriptors."""
+    dim, how, has = variant.head_dim, how_of(variant, target), TMA[variant.features]
+    element = {"bf16": "*bf16", "fp16": "*fp16"}[variant.dtype]
+    pointers: dict[str, str | None] = {
+        **dict.fromkeys(("Q", "K", "V", "Out"), element),
+        **dict.fromkeys(("Counts", "ProgramOrder"), "*i32"),
+        "Indices": "*i16",
+        "Lse": "*fp32",
+        "KeyLengths": "*i32" if "key_lengths" in has else None,
+        **dict.fromkeys(("TailValue", "TailWeight"), "*fp32" if "block_tail" in has else None),
+    }
+    padded = max(16, triton.next_power_of_2(dim))
+    constants: dict[str, Any] = {
+        "D": dim, "DV": dim, "BLOCK_D": padded, "BLOCK_DV": padded,
+        "BLOCK_M": how.tiles.block_m, "BLOCK_N": how.tiles.block_n,
+        "TILES_Q": variant.block_q // how.tiles.block_m, "TILES_K": variant.block_k // how.tiles.block_n,
+        "HAS_KEY_LENGTHS": "key_lengths" in has, "HAS_BLOCK_TAIL": "block_tail" in has, "SPECIALIZE": how.roles,
+        **{name: None for name, kind in pointers.items() if kind is None},
+    }  # fmt: skip
+    return _specialised(block_sparse_tma._forward_tma, pointers, constants)
+
+
 def backward_source(variant: Variant, target: GPUTarget) -> ASTSource:
     """A kernel of the backward pass, with key lengths."""
     dim, tiles = variant.head_dim, tiles_of(variant, target)
@@ -208,7 +278,8 @@ def backward_source(variant: Variant, target: GPUTarget) -> ASTSource:
     pointers: dict[str, str | None] = {
         **dict.fromkeys(("Q", "K", "V", "GradOut", "GradQ", "GradK", "GradV"), element),
         **dict.fromkeys(("Lse", "Delta"), "*fp32"),
-        **dict.fromkeys(("Counts", "Indices", "KeyLengths"), "*i32"),
+        **dict.fromkeys(("Counts", "KeyLengths"), "*i32"),
+        "Indices": "*i16",
     }
     padded = max(16, triton.next_power_of_2(dim))
     constants: dict[str, Any] = {
@@ -264,6 +335,7 @@ def helper_source(variant: Helper, target: GPUTarget) -> ASTSource:
                 **dict.fromkeys(("Empty", "Weights", "Means", "Totals"), "*fp32"),
             },
         ),
+        "permute": (permute._permute, {"X": element, "Order": "*i64", "Y": element}),
         "tail": (
             block_tail._block_tail,
             {
@@ -277,7 +349,7 @@ def helper_source(variant: Helper, target: GPUTarget) -> ASTSource:
     constants: dict[str, Any] = {
         "D": dim, "DV": dim, "BLOCK_D": padded, "BLOCK_DV": padded,
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_S": tiles.block_m, "BLOCK_C": tiles.block_n,
-        "HAS_LOW": half, "OUTPUT": True,
+        "HAS_LOW": half, "OUTPUT": True, "ROWS": permute.ROWS, "BACK": False,
         **dict.fromkeys(("HAS_ORDER", "HAS_STARTS", "HAS_KEY_LENGTHS", "HAS_EMPTY", "HAS_WEIGHTS"), True),
         "PRECISION": launch.precision(DTYPES[variant.dtype], target.backend),
         "stride_xd": 1, "stride_kd": 1, "stride_vd": 1,
@@ -292,7 +364,7 @@ def _specialised(kernel: Any, pointers: dict[str, str | None], constants: dict[s
     for index, name in enumerate(kernel.arg_names):
         kind = "fp32" if name in ("scale", "pv_skip", "scale_log2", "epsilon") else pointers.get(name) or "i32"
         signature[name] = "constexpr" if name in constants else kind
-        aligned = kind.startswith("*") or re.fullmatch(r"stride_[qkvogwx][bsh]", name)
+        aligned = kind.startswith("*") or re.fullmatch(r"stride_[qkvogwxy][bsh]", name)
         if name not in constants and aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -323,6 +395,8 @@ def _nvidia(compiled: Any, shared: int) -> Measured:
         tcgen05=ptx.count("tcgen05.mma"),
         mma=ptx.count("mma.sync"),
         tma=ptx.count("cp.async.bulk.tensor"),
+        setmaxnreg=ptx.count("setmaxnreg."),
+        ldmatrix=ptx.count("ldmatrix."),
         cp_async=len(re.findall(r"cp\.async\.c[ag]\.", ptx)),
     )
 
@@ -370,6 +444,7 @@ def violations(results: dict[tuple[str, str], Measured], budget: dict[str, Any])
                 for key in ("spills", "shared")
                 if getattr(got, key) > allowed[key]
             ]
+            lines += [f"{target} {name}: has no {key} any more" for key in allowed.get("uses", ()) if not getattr(got, key)]
     return lines
 
 
@@ -379,7 +454,8 @@ def _write_budget(results: dict[tuple[str, str], Measured], budget: dict[str, An
             raise SystemExit(f"{target} {name}: does not compile: {got.error}")
         # Compiler versions differ by a few hundred bytes of scratch: budgets are whole KiB with one to spare.
         shared = (got.shared // 1024 + 2) * 1024
-        budget.setdefault(target, {})[name] = {"spills": got.spills, "shared": shared}
+        uses = [key for key in INSTRUCTIONS if getattr(got, key)]
+        budget.setdefault(target, {})[name] = {"spills": got.spills, "shared": shared, "uses": uses}
     rows = {
         target: "{\n" + ",\n".join(f'    "{name}": {json.dumps(b)}' for name, b in per.items()) + "\n  }"
         for target, per in budget.items()
@@ -389,7 +465,7 @@ def _write_budget(results: dict[tuple[str, str], Measured], budget: dict[str, An
 
 def _table(results: dict[tuple[str, str], Measured]) -> Table:
     table = Table(title=f"kernels, Triton {triton.__version__}")
-    columns = ("registers", "spills", "shared", "wgmma", "tcgen05", "mma", "tma", "cp_async")
+    columns = ("registers", "spills", "shared", *INSTRUCTIONS)
     table.add_column("target")
     table.add_column("kernel, dtype, head_dim, blocks, features")
     table.add_column("tiles")
@@ -420,7 +496,7 @@ def main(
         raise typer.BadParameter(f"unknown target {', '.join(sorted(unknown))}; known: {', '.join(TARGETS)}")
     if launch.why_unavailable(torch.device("cpu")) is None:
         raise typer.BadParameter("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
-    work = [(v, t) for t in target or TARGETS for v in VARIANTS if variant in v.name]
+    work = [(v, t) for t in target or TARGETS for v in variants_of(t) if variant in v.name]
     if not work:
         raise typer.BadParameter(f"no variant contains {variant!r}; there are: {'; '.join(v.name for v in VARIANTS)}")
     with ProcessPoolExecutor(min(jobs, len(work)), mp_context=get_context("spawn")) as pool:
@@ -431,7 +507,7 @@ def main(
         listed = [{"target": t, "variant": name, **asdict(m)} for (t, name), m in results.items()]
         print(json.dumps({"triton": triton.__version__, "results": listed}, indent=2))
     else:
-        Console(width=None if Console().is_terminal else 150).print(_table(results))
+        Console(width=None if Console().is_terminal else 180).print(_table(results))
     budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
     if write_budget:
         _write_budget(results, budget)
