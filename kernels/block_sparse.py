@@ -72,7 +72,10 @@ def block_sparse_attention(
     if special is not None and block_sparse_tma.why_not(q, k, v, plan, special.tiles) is None:
         out, lse = block_sparse_tma.block_sparse_attention(q, k, v, plan, scale=scale, how=special, tail=tail)
     else:
-        out, lse = _launch(q, k, v, plan, scale, pick_tiles(*size), tail, rule, needed)
+        # Lists of keys without gaps between blocks; a verdict is about whole blocks.
+        packed = plan.k_starts is not None and rule is None
+        tiles = pick_tiles(*size, packed_tail=packed and plan.tail == "pooled")
+        out, lse = _launch(q, k, v, plan, scale, tiles, packed, tail, rule, needed)
     return out.to(dtype), lse
 
 
@@ -83,11 +86,12 @@ def _launch(
     plan: BlockPlan,
     scale: float,
     tiles: Tiles,
+    packed: bool,
     tail: tuple[Tensor, Tensor] | None,
     rule: VerdictRule | None,
     needed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """`block_sparse_kernel` for any plan; ``tail`` is what ``block_tail`` made of the plan's."""
+    """`block_sparse_kernel` for any plan; ``packed`` lists keys without gaps, ``tail`` is what ``block_tail`` made."""
     batch, q_len, heads, dim = q.shape
     dim_v = v.shape[-1]
     lead = (batch, heads)
@@ -109,9 +113,8 @@ def _launch(
     else:
         tiles_q, slots = 1, -(-q_len // tiles.block_m) + plan.num_q_blocks
         order, tile_block, tile_start = order_of_tiles(plan, tiles.block_m, slots)
-    # Lists of keys without gaps between blocks; a verdict is about whole blocks.
-    packed = k_starts is not None and rule is None
     key_ends = spread(ends_of_keys(plan)) if packed else None
+    key_lengths = None if packed else plan.key_lengths  # which those lists know
     pooled_k = pooled_v = log_count = kept = None
     if plan.tail == "pooled":
         pooled_k, pooled_v, log_count = pool_blocks(k, v, plan)
@@ -125,7 +128,7 @@ def _launch(
         _forward[(slots * tiles_q * heads * batch,)](
             q, k, v, out, lse,
             counts, indices, tail_value, tail_weight,
-            q_order, k_order, order, tile_block, tile_start, q_starts, k_starts, key_ends, plan.key_lengths,
+            q_order, k_order, order, tile_block, tile_start, q_starts, k_starts, key_ends, key_lengths,
             pooled_k, pooled_v, log_count, kept,
             None if rule is None else rule.threshold.float().expand(*lead).contiguous(), needed,
             *(q.stride(i) for i in range(4)), *(k.stride(i) for i in range(4)), *(v.stride(i) for i in range(4)),
@@ -144,7 +147,7 @@ def _launch(
             HAS_Q_ORDER=q_order is not None, HAS_K_ORDER=k_order is not None,
             HAS_Q_STARTS=q_starts is not None, HAS_K_STARTS=k_starts is not None,
             SEARCH=indices.shape[-1].bit_length() if packed else 0, HAS_BLOCK_TAIL=tail is not None,
-            HAS_KEY_LENGTHS=plan.key_lengths is not None, HAS_TAIL=kept is not None,
+            HAS_KEY_LENGTHS=key_lengths is not None, HAS_TAIL=kept is not None,
             PRECISION=precision(q.dtype, backend()),
             HAS_VERDICT=rule is not None, PV_SKIP=rule is not None and rule.pv_skip is not None,
             num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,

@@ -30,9 +30,11 @@ class Tiles(NamedTuple):
 # and datacenter Blackwell; "mfma": AMD CDNA; "interpreter": no such limits, and few large steps are fastest.
 _HALF = {
     "mma": {64: Tiles(128, 32, 4, 2), 128: Tiles(128, 32, 8, 2), 256: Tiles(64, 32, 8, 2)},
-    "wgmma": {64: Tiles(128, 64, 4, 2), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 8, 3)},
+    "wgmma": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 32, 8, 3)},
     "mfma": {64: Tiles(128, 64, 4, 2), 128: Tiles(128, 64, 4, 2), 256: Tiles(64, 32, 4, 2)},
 }
+# Where lists of keys without gaps meet a pooled tail, another stage saves the registers that would spill.
+_HALF_PACKED_TAIL = {("mma", 128): Tiles(128, 32, 8, 3)}
 # Float32 is for exactness, not speed: each product is three (CUDA) or runs at a quarter of the rate (AMD).
 _SINGLE = {64: Tiles(32, 32, 4, 2), 128: Tiles(16, 32, 4, 2), 256: Tiles(16, 16, 8, 2)}
 _INTERPRETER = Tiles(64, 64, 1, 1)
@@ -81,7 +83,9 @@ def pick_specialized(
     return next(fitting, None)
 
 
-def pick_tiles(block_q: int, block_k: int, head_dim: int, dtype: torch.dtype, arch: int | str) -> Tiles:
+def pick_tiles(
+    block_q: int, block_k: int, head_dim: int, dtype: torch.dtype, arch: int | str, *, packed_tail: bool = False
+) -> Tiles:
     """Tile shape for a plan's block sizes.
 
     Args:
@@ -89,6 +93,7 @@ def pick_tiles(block_q: int, block_k: int, head_dim: int, dtype: torch.dtype, ar
         head_dim: the larger of D and Dv, at most 256.
         dtype: of q, k, v.
         arch: compute capability (80, 90, …), an AMD architecture (``"gfx942"``), or ``"interpreter"``.
+        packed_tail: keys are listed without gaps between blocks, and there is a pooled tail.
 
     Raises:
         ImplUnavailableError: head_dim above 256.
@@ -104,7 +109,10 @@ def pick_tiles(block_q: int, block_k: int, head_dim: int, dtype: torch.dtype, ar
     elif dtype == torch.float32:
         largest = _SINGLE[padded]
     else:
-        largest = _HALF[matrix_unit(arch)][padded]
+        unit = matrix_unit(arch)
+        largest = _HALF[unit][padded]
+        if packed_tail:
+            largest = _HALF_PACKED_TAIL.get((unit, padded), largest)
     block_m = min(largest.block_m, max(16, triton.next_power_of_2(block_q)))
     block_n = min(largest.block_n, max(16, triton.next_power_of_2(block_k)))
     # Smaller tiles need fewer warps to hold them.

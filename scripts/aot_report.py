@@ -195,7 +195,8 @@ def tiles_of(variant: Variant | Helper, target: GPUTarget) -> launch.Tiles:
         return block_sparse_backward.pick_tiles(*shape)[BACKWARD[variant.features][1]]
     if variant.features in LINEAR:
         return linear_attention.pick_tiles(variant.head_dim, DTYPES[variant.dtype])[LINEAR[variant.features][1]]
-    return launch.pick_tiles(*shape)
+    has = FEATURES[variant.features]
+    return launch.pick_tiles(*shape, packed_tail="starts" in has and "tail" in has and "verdict" not in has)
 
 
 def source(variant: Variant | Helper, target: GPUTarget) -> ASTSource:
@@ -213,6 +214,7 @@ def source(variant: Variant | Helper, target: GPUTarget) -> ASTSource:
     known = {feature for features in FEATURES.values() for feature in features}
     has = {feature: feature in FEATURES[variant.features] for feature in known}
     packed = has["starts"] and not has["verdict"]
+    has["key_lengths"] &= not packed
     element = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}[variant.dtype]
     padded = max(16, triton.next_power_of_2(dim))
     pointers: dict[str, str | None] = {
@@ -444,7 +446,9 @@ def violations(results: dict[tuple[str, str], Measured], budget: dict[str, Any])
                 for key in ("spills", "shared")
                 if getattr(got, key) > allowed[key]
             ]
-            lines += [f"{target} {name}: has no {key} any more" for key in allowed.get("uses", ()) if not getattr(got, key)]
+            lines += [
+                f"{target} {name}: has no {key} any more" for key in allowed.get("uses", ()) if not getattr(got, key)
+            ]
     return lines
 
 
