@@ -68,7 +68,7 @@ def block_sparse_attention(
         shape = pick_tiles(64, 32, *size[2:])
         how = shape._asdict() | {"precision": precision(q.dtype, backend()), "scale_log2": scale * LOG2E}
         tail = block_tail(q, k, v, plan, **how)
-    special = pick_specialized(*size) if rule is None else None
+    special = pick_specialized(*size, tail=plan.tail == "pooled") if rule is None else None
     if special is not None and block_sparse_tma.why_not(q, k, v, plan, special.tiles) is None:
         out, lse = block_sparse_tma.block_sparse_attention(q, k, v, plan, scale=scale, how=special, tail=tail)
     else:

@@ -23,28 +23,34 @@ from dsattn.block_plan import BlockPlan
 from dsattn.kernels.block_sparse_kernel import _absorb
 from dsattn.kernels.launch import LOG2E, Specialized, Tiles, backend
 from dsattn.kernels.permute import permute
+from dsattn.kernels.pooling import pool_blocks
 from dsattn.kernels.program_order import order_of_blocks
 
 _UNSPECIALIZED = (
     "stride_cb", "stride_ch", "stride_ib", "stride_ih", "stride_ii",
-    "q_len", "k_len", "q_blocks", "heads", "block_q", "block_k",
+    "stride_mb", "stride_mh", "stride_mq", "q_len", "k_len", "q_blocks", "k_blocks", "heads", "block_q", "block_k",
 )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
 def _forward_tma(  # type: ignore[no-untyped-def]
-    Q, K, V, Out, Lse, Counts, Indices, ProgramOrder, KeyLengths, TailValue, TailWeight,
+    Q, K, V, Out, Lse, Counts, Indices, ProgramOrder, KeyLengths, TailValue, TailWeight, LogCount, Kept,
     stride_qb, stride_qs, stride_qh,
     stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
     stride_ob, stride_os, stride_oh,
-    stride_cb, stride_ch, stride_ib, stride_ih, stride_ii,
-    q_len, k_len, q_blocks, heads, block_q, block_k, scale,
+    stride_cb, stride_ch, stride_ib, stride_ih, stride_ii, stride_mb, stride_mh, stride_mq,
+    q_len, k_len, q_blocks, k_blocks, heads, block_q, block_k, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_Q: tl.constexpr, TILES_K: tl.constexpr,
-    HAS_KEY_LENGTHS: tl.constexpr, HAS_BLOCK_TAIL: tl.constexpr, SPECIALIZE: tl.constexpr,
+    HAS_KEY_LENGTHS: tl.constexpr, HAS_BLOCK_TAIL: tl.constexpr, HAS_TAIL: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: one program per tile of every query block in ``ProgramOrder``; ``scale`` includes log2(e)."""
+    """Grid: one program per tile of every query block in ``ProgramOrder``; ``scale`` includes log2(e).
+
+    With ``HAS_TAIL``, the pooled keys of all blocks stand behind the ``k_len`` keys of a head, and nothing but zeros
+    behind the readable ones; ``LogCount`` holds logarithms in units of logits.
+    """
     row = tl.load(ProgramOrder + tl.program_id(0) // TILES_Q)
     block = row % q_blocks
     h = (row // q_blocks % heads).to(tl.int64)
@@ -54,14 +60,17 @@ def _forward_tma(  # type: ignore[no-untyped-def]
     if HAS_KEY_LENGTHS:
         readable = tl.minimum(tl.load(KeyLengths + b), k_len)
 
+    end = readable
+    if HAS_TAIL:
+        end = k_len + k_blocks
     queries = tl.make_tensor_descriptor(
         Q + b * stride_qb + h * stride_qh, shape=[q_len, D], strides=[stride_qs, 1], block_shape=[BLOCK_M, BLOCK_D]
     )
     keys = tl.make_tensor_descriptor(
-        K + b * stride_kb + h * stride_kh, shape=[readable, D], strides=[stride_ks, 1], block_shape=[BLOCK_N, BLOCK_D]
+        K + b * stride_kb + h * stride_kh, shape=[end, D], strides=[stride_ks, 1], block_shape=[BLOCK_N, BLOCK_D]
     )
     values = tl.make_tensor_descriptor(
-        V + b * stride_vb + h * stride_vh, shape=[readable, DV], strides=[stride_vs, 1], block_shape=[BLOCK_N, BLOCK_DV]
+        V + b * stride_vb + h * stride_vh, shape=[end, DV], strides=[stride_vs, 1], block_shape=[BLOCK_N, BLOCK_DV]
     )
     results = tl.make_tensor_descriptor(
         Out + b * stride_ob + h * stride_oh, shape=[q_len, DV], strides=[stride_os, 1], block_shape=[BLOCK_M, BLOCK_DV]
@@ -76,12 +85,36 @@ def _forward_tma(  # type: ignore[no-untyped-def]
     # The last block may have fewer tiles. A return here would keep the compiler from giving warps roles.
     count = tl.where(start < q_len, count, 0)
     columns = tl.arange(0, BLOCK_N)
-    for t in tl.range(0, count * TILES_K, warp_specialize=SPECIALIZE):
-        j = tl.load(Indices + t // TILES_K).to(tl.int32)
+    exact = count * TILES_K
+    tiles = exact
+    if HAS_TAIL:
+        tiles += tl.where(start < q_len, tl.cdiv(k_blocks, BLOCK_N), 0)
+        LogCount += (b * heads + h) * k_blocks
+        Kept += b * stride_mb + h * stride_mh + block.to(tl.int64) * stride_mq
+    # One loop for kept blocks and tail: with two, the compiler gives no roles.
+    for t in tl.range(0, tiles, warp_specialize=SPECIALIZE):
+        item = t // TILES_K
+        if HAS_TAIL:
+            item = tl.minimum(item, tl.maximum(count - 1, 0))
+        j = tl.load(Indices + item).to(tl.int32)
         k_start = j * block_k + (t % TILES_K) * BLOCK_N
+        k_end = readable
+        if HAS_TAIL:
+            first = (t - exact) * BLOCK_N
+            is_tail = first >= 0
+            k_start = tl.where(is_tail, k_len + first, k_start)
+            k_end = tl.where(is_tail, end, readable)
         k = keys.load([k_start, 0])
         logits = tl.dot(q, k.T)
-        logits = tl.where((columns < readable - k_start)[None, :], logits, float("-inf"))
+        in_range = columns < k_end - k_start
+        if HAS_TAIL:
+            pooled = in_range & (first + columns >= 0)
+            kept = tl.load(Kept + first + columns, mask=pooled, other=0)
+            bias = tl.load(LogCount + first + columns, mask=pooled, other=0.0)
+            bias = tl.where(in_range & (kept == 0), bias, float("-inf"))
+            logits = logits + bias[None, :]
+        else:
+            logits = tl.where(in_range[None, :], logits, float("-inf"))
         v = values.load([k_start, 0])
         peak, total, acc = _absorb(logits, scale, v, peak, total, acc, "ieee")
 
@@ -110,13 +143,11 @@ def why_not(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, tiles: Tiles) -> s
     """What keeps a plan or its tensors from this kernel, or None."""
     if plan.q_starts is not None or plan.k_starts is not None:
         return "blocks of variable size"
-    if plan.tail == "pooled":
-        return "tail='pooled'"
     if plan.block_q % tiles.block_m or plan.block_k % tiles.block_n:
         return f"blocks of {plan.block_q} x {plan.block_k}, which are no whole tiles"
-    orders = (plan.q_order, plan.k_order, plan.k_order)
-    for name, x, order in zip("qkv", (q, k, v), orders, strict=True):
-        if not _is_aligned(x, order):
+    copied = plan.k_order is not None or plan.tail == "pooled"
+    for name, x, copy in zip("qkv", (q, k, v), (plan.q_order is not None, copied, copied), strict=True):
+        if not _is_aligned(x, copy):
             return f"rows of {name} that are not aligned to 16 bytes"
     return None
 
@@ -144,12 +175,19 @@ def block_sparse_attention(
     tiles = how.tiles
     batch, q_len, heads, dim = q.shape
     dim_v, lead = v.shape[-1], (batch, heads)
+    k_len = k.shape[1]
+    log_count = kept = None
+    if plan.tail == "pooled":
+        k, v, log_count = _with_pooled(k, v, plan)
+        log_count = (log_count / scale).contiguous()
+        kept = plan.block_mask.view(torch.uint8).expand(*lead, -1, -1)
+    else:
+        k, v = permute(k, plan.k_order), permute(v, plan.k_order)
     q = permute(q, plan.q_order)
-    k, v = permute(k, plan.k_order), permute(v, plan.k_order)
     counts, indices = plan.counts.expand(*lead, -1), plan.indices.expand(*lead, -1, -1)
     order = order_of_blocks(plan)
     out = torch.empty(batch, q_len, heads, dim_v, dtype=q.dtype, device=q.device)
-    if not _is_aligned(out, None):  # a head_dim that fills no 16 bytes
+    if not _is_aligned(out):  # a head_dim that fills no 16 bytes
         out = torch.empty(batch, q_len, heads, -(-dim_v // 8) * 8, dtype=q.dtype, device=q.device)[..., :dim_v]
     lse = torch.empty(batch, heads, q_len, dtype=torch.float32, device=q.device)
     tail_value, tail_weight = (None, None) if tail is None else tail
@@ -159,14 +197,15 @@ def block_sparse_attention(
         # In a context of its own: whoever else sets an allocator keeps theirs.
         triton.set_allocator(_allocate)
         _forward_tma[(plan.num_q_blocks * tiles_q * heads * batch,)](
-            q, k, v, out, lse, counts, indices, order, plan.key_lengths, tail_value, tail_weight,
+            q, k, v, out, lse, counts, indices, order, plan.key_lengths, tail_value, tail_weight, log_count, kept,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            *counts.stride()[:2], *indices.stride()[:3],
-            q_len, k.shape[1], plan.num_q_blocks, heads, plan.block_q, plan.block_k, scale * LOG2E,
+            *counts.stride()[:2], *indices.stride()[:3], *((0, 0, 0) if kept is None else kept.stride()[:3]),
+            q_len, k_len, plan.num_q_blocks, plan.num_k_blocks, heads, plan.block_q, plan.block_k, scale * LOG2E,
             D=dim, DV=dim_v,
             BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(dim_v)),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, TILES_Q=tiles_q, TILES_K=plan.block_k // tiles.block_n,
-            HAS_KEY_LENGTHS=plan.key_lengths is not None, HAS_BLOCK_TAIL=tail is not None, SPECIALIZE=how.roles,
+            HAS_KEY_LENGTHS=plan.key_lengths is not None, HAS_BLOCK_TAIL=tail is not None,
+            HAS_TAIL=kept is not None, SPECIALIZE=how.roles,
             num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -179,9 +218,30 @@ def block_sparse_attention(
     return out, torch.empty_like(lse).scatter_(-1, plan.q_order.expand(*lead, -1), lse)
 
 
-def _is_aligned(x: Tensor, order: Tensor | None) -> bool:
-    """Whether TMA can read x as it is, or as it is after `permute`."""
-    if order is not None:
+def _with_pooled(k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values in the plan's order with the pooled ones of all blocks behind them, and log-counts.
+
+    Returns:
+        k and v as ``[B, S + Nk, H, D]``, contiguous per head, zeros behind the key lengths; ``[B, H, Nk]`` fp32.
+
+    """
+    pooled_k, pooled_v, log_count = pool_blocks(k, v, plan)
+    both = []
+    for x, pooled in ((k, pooled_k), (v, pooled_v)):
+        batch, length, heads, dim = x.shape
+        y = torch.empty(batch, heads, length + plan.num_k_blocks, dim, dtype=x.dtype, device=x.device)
+        y[:, :, :length] = permute(x, plan.k_order).transpose(1, 2)
+        if plan.key_lengths is not None:
+            behind = torch.arange(length, device=x.device) >= plan.key_lengths[:, None]
+            y[:, :, :length].masked_fill_(behind[:, None, :, None], 0)
+        y[:, :, length:] = pooled
+        both.append(y.transpose(1, 2))
+    return both[0], both[1], log_count
+
+
+def _is_aligned(x: Tensor, copied: bool = False) -> bool:
+    """Whether TMA can read x as it is, or a contiguous copy."""
+    if copied:
         return x.shape[-1] * x.element_size() % 16 == 0
     strides = all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
     return strides and x.stride(3) == 1 and x.data_ptr() % 16 == 0

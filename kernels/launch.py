@@ -73,14 +73,20 @@ _TMA = {
 
 
 def pick_specialized(
-    block_q: int, block_k: int, head_dim: int, dtype: torch.dtype, arch: int | str
+    block_q: int, block_k: int, head_dim: int, dtype: torch.dtype, arch: int | str, *, tail: bool = False
 ) -> Specialized | None:
-    """How ``block_sparse_tma`` should be compiled, or None where `pick_tiles` is all there is; arguments as there."""
+    """How ``block_sparse_tma`` should be compiled, or None where `pick_tiles` is all there is; arguments as there.
+
+    With a pooled ``tail``, tiles of 128 keys do not compile (Triton 3.6 to 3.9, sm_90).
+    """
     if not isinstance(arch, int) or dtype == torch.float32 or head_dim > 256:
         return None
     entries = _TMA.get(100 if 100 <= arch < 110 else arch, {}).get(max(64, triton.next_power_of_2(head_dim)), ())
-    fitting = (x for x in entries if block_q % x.tiles.block_m == 0 and block_k % x.tiles.block_n == 0)
-    return next(fitting, None)
+    for entry in entries:
+        block_m, block_n = entry.tiles[:2]
+        if block_q % block_m == 0 and block_k % block_n == 0 and not (tail and block_n > 64):
+            return entry
+    return None
 
 
 def pick_tiles(

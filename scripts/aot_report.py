@@ -63,7 +63,7 @@ FEATURES = {
     "all": ("order", "starts", "tail", "key_lengths"),
 }
 # The kernel with tensor descriptors, which only some targets have, with everything it takes or with nothing.
-TMA = {"tma": (), "tma all": ("key_lengths", "block_tail")}
+TMA = {"tma": (), "tma all": ("key_lengths", "block_tail"), "tma tail": ("key_lengths", "tail")}
 # Instructions whose loss is a failure.
 INSTRUCTIONS = ("wgmma", "tcgen05", "mma", "tma", "setmaxnreg", "cp_async", "ldmatrix")
 # The kernels of the backward pass, which stand where features do; with the tiles each takes of the pair.
@@ -121,6 +121,7 @@ VARIANTS: list[Variant | Helper] = [
         for blocks in ((128, 128), (128, 64), (64, 64))
         if (dim, *blocks) != (256, 128, 128)
     ),
+    *(Variant("bf16", dim, *blocks, "tma tail") for dim in (64, 128, 256) for blocks in ((128, 64), (64, 64))),
     Variant("bf16", 128, 128, 128, "tma"),
     Variant("fp16", 128, 128, 64, "tma"),
     Variant("bf16", 96, 128, 64, "tma"),
@@ -171,7 +172,7 @@ def variants_of(target_name: str) -> list[Variant | Helper]:
 def how_of(variant: Variant, target: GPUTarget) -> launch.Specialized:
     """How the launcher would compile the kernel with tensor descriptors."""
     shape = (variant.block_q, variant.block_k, variant.head_dim, DTYPES[variant.dtype], target.arch)
-    how = launch.pick_specialized(*shape)
+    how = launch.pick_specialized(*shape, tail="tail" in TMA[variant.features])
     if how is None:
         raise ValueError(f"no kernel with tensor descriptors for {variant.name} on {target}")
     return how
@@ -261,13 +262,16 @@ def tma_source(variant: Variant, target: GPUTarget) -> ASTSource:
         "Lse": "*fp32",
         "KeyLengths": "*i32" if "key_lengths" in has else None,
         **dict.fromkeys(("TailValue", "TailWeight"), "*fp32" if "block_tail" in has else None),
+        "LogCount": "*fp32" if "tail" in has else None,
+        "Kept": "*u8" if "tail" in has else None,
     }
     padded = max(16, triton.next_power_of_2(dim))
     constants: dict[str, Any] = {
         "D": dim, "DV": dim, "BLOCK_D": padded, "BLOCK_DV": padded,
         "BLOCK_M": how.tiles.block_m, "BLOCK_N": how.tiles.block_n,
         "TILES_Q": variant.block_q // how.tiles.block_m, "TILES_K": variant.block_k // how.tiles.block_n,
-        "HAS_KEY_LENGTHS": "key_lengths" in has, "HAS_BLOCK_TAIL": "block_tail" in has, "SPECIALIZE": how.roles,
+        "HAS_KEY_LENGTHS": "key_lengths" in has, "HAS_BLOCK_TAIL": "block_tail" in has,
+        "HAS_TAIL": "tail" in has, "SPECIALIZE": how.roles,
         **{name: None for name, kind in pointers.items() if kind is None},
     }  # fmt: skip
     return _specialised(block_sparse_tma._forward_tma, pointers, constants)

@@ -27,7 +27,7 @@ def chosen(monkeypatch):
         calls.append(kwargs["how"])
         return run(*args, **kwargs)
 
-    monkeypatch.setattr(block_sparse, "pick_specialized", lambda *_: SMALL)
+    monkeypatch.setattr(block_sparse, "pick_specialized", lambda *_, **__: SMALL)
     monkeypatch.setattr(block_sparse_tma, "block_sparse_attention", count)
     return calls
 
@@ -62,7 +62,7 @@ def test_against_float64(chosen, dim, dtype):
     assert len(chosen) == 1
 
 
-@pytest.mark.parametrize("tail", ["none", "pooled_block"])
+@pytest.mark.parametrize("tail", ["none", "pooled", "pooled_block"])
 @pytest.mark.parametrize("q_order", [False, True])
 @pytest.mark.parametrize("k_order", [False, True])
 def test_orders_and_tails(chosen, q_order, k_order, tail):
@@ -124,7 +124,7 @@ def test_random_plans_go_where_they_belong(chosen, seed):
     case = plans.random_case(plans.random_shape(seed), seed)
     check(case)
     variable = case.plan.q_starts is not None or case.plan.k_starts is not None
-    assert not (chosen and (variable or case.plan.tail == "pooled" or case.plan.block_q % 32))
+    assert not (chosen and (variable or case.plan.block_q % 32))
 
 
 def test_misaligned_rows_go_elsewhere(chosen):
@@ -147,6 +147,8 @@ def test_which_tiles_are_picked(arch):
                     assert how is None
                     continue
                 assert how is not None or head_dim == 256
+                tail = launch.pick_specialized(block_q, block_k, head_dim, dtype, arch, tail=True)
+                assert tail is not None and tail.tiles.block_n <= 64
                 if how is not None:
                     assert block_q % how.tiles.block_m == 0 and block_k % how.tiles.block_n == 0
 

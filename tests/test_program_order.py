@@ -161,7 +161,7 @@ def test_making_and_launching_reads_nothing_back(kind, tail, monkeypatch):
     words = torch.zeros(2, 3, 4, 1, dtype=torch.int32)
     judge = {"rule": VerdictRule(torch.zeros(1, 1)), "needed": words} if kind == "verdict" else {}
     special = launch.Specialized(launch.Tiles(32, 32, 4, 2), True) if kind == "descriptors" else None
-    monkeypatch.setattr(block_sparse, "pick_specialized", lambda *_: special)
+    monkeypatch.setattr(block_sparse, "pick_specialized", lambda *_, **__: special)
     for module, name in (
         (block_sparse, "_forward"),
         (block_sparse_tma, "_forward_tma"),
