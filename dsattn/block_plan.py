@@ -6,9 +6,11 @@ A plan describes positions, not tokens: with a token order, position ``p`` of he
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from dsattn.verdict import pick_bits
 Tail = Literal["none", "pooled", "pooled_block"]
 TAILS: tuple[Tail, ...] = ("none", "pooled", "pooled_block")
 FeatureMap = Literal["softmax", "elu", "relu", "hedgehog"]
+# Elements of what is worked on at a time where lists are made or read.
+_CHUNK_ELEMENTS = 1 << 23
 FEATURE_MAPS: tuple[FeatureMap, ...] = ("softmax", "elu", "relu", "hedgehog")
 
 
@@ -59,7 +63,7 @@ class BlockPlan:
         q_len, k_len: number of query and key tokens.
         block_q, block_k: positions per block; with ``q_starts`` / ``k_starts`` the tile a kernel should use.
         counts: ``[b, h, Nq]`` int32, number of key blocks that each query block reads.
-        indices: ``[b, h, Nq, K]`` int32, their indices; entries at and behind ``counts`` are padding (0).
+        indices: ``[b, h, Nq, K]`` int16 or int32, their indices; entries at and behind ``counts`` are padding (0).
             Entries of one row are distinct; their order is the order in which kernels visit them.
         q_order, k_order: ``[b, h, len]`` int64, token at each position; None keeps the given order.
         q_starts, k_starts: ``[b, h, N + 1]`` int32, first position of every block for variable-size blocks
@@ -149,7 +153,8 @@ class BlockPlan:
     ) -> BlockPlan:
         """Plan from a block map; key blocks are visited in ascending order.
 
-        ``K`` is ``Nk``: no host synchronisation is needed to size the lists.
+        ``K`` is ``Nk``: no host synchronisation is needed to size the lists. Their entries take two bytes where they
+        fit (int16).
 
         Args:
             mask: ``[b, h, Nq, Nk]`` bool, the blocks that are kept; every row keeps at least one with a readable key
@@ -157,7 +162,7 @@ class BlockPlan:
             q_len, k_len: number of query and key tokens.
             batch, heads: what ``b`` and ``h`` (each 1 or the full number) broadcast to.
             block_q, block_k: positions per block, at least 1.
-            q_order, k_order, q_starts, k_starts, key_lengths, tail, linear: as in the plan itself.
+            q_order, k_order, q_starts, k_starts, key_lengths, tail, tail_weights, linear: as in the plan itself.
 
         Raises:
             ValueError: shapes that do not fit each other.
@@ -221,14 +226,14 @@ class BlockPlan:
 
         """
         listed = torch.arange(self.indices.shape[-1], device=self.device) < self.counts[..., None]
-        readable = listed & _pick_columns(self.k_sizes > 0, self.indices)
+        readable = listed & pick_columns(self.k_sizes > 0, self.indices)
         kept = pick_bits(bits, self.indices) & listed
         first = readable & (readable.cumsum(-1, dtype=torch.int32) == 1)
         kept = kept | (first & ~(kept & readable).any(-1, keepdim=True))
         # Kept entries move up to their rank; the others go to one extra slot that is cut off again.
         width = self.indices.shape[-1]
         target = kept.cumsum(-1).sub_(1).masked_fill_(~kept, width)
-        lists = torch.zeros(*kept.shape[:-1], width + 1, dtype=torch.int32, device=self.device)
+        lists = torch.zeros(*kept.shape[:-1], width + 1, dtype=self.indices.dtype, device=self.device)
         lists = lists.scatter_(-1, target, self.indices.expand_as(kept))[..., :-1]
         return replace(self, counts=kept.sum(-1, dtype=torch.int32), indices=lists)
 
@@ -282,21 +287,26 @@ class BlockPlan:
         """``[b, h, k_len]`` int64: key block of every token, whether it may be read or not."""
         return _block_of_token(self.k_edges, self.k_order, self.k_len)
 
+    @cached_property
+    def derived(self) -> dict[tuple[str, int], Any]:
+        """What kernels made of this plan and will need again, by name and tile size; lives as long as the plan."""
+        return {}
+
     # -- meaning --------------------------------------------------------------------------------------
 
     @cached_property
     def block_mask(self) -> Tensor:
         """``[b, h, Nq, Nk]`` bool: the kept (query block, key block) pairs."""
-        columns = torch.arange(self.indices.shape[-1], device=self.device)
-        valid = columns < self.counts[..., None]
         # Padding points at one extra column that is cut off again.
-        target = self.indices.long().masked_fill(~valid, self.num_k_blocks)
-        shape = (*self.counts.shape, self.num_k_blocks + 1)
-        return torch.zeros(shape, dtype=torch.bool, device=self.device).scatter_(-1, target, True)[..., :-1]
+        mask = torch.zeros(*self.counts.shape, self.num_k_blocks + 1, dtype=torch.bool, device=self.device)
+        for part, indices, counts in _chunks(mask, self.indices, self.counts[..., None]):
+            valid = torch.arange(indices.shape[-1], device=self.device) < counts
+            part.scatter_(-1, indices.long().masked_fill_(~valid, self.num_k_blocks), True)
+        return mask[..., :-1]
 
     @cached_property
     def key_lists(self) -> tuple[Tensor, Tensor]:
-        """The lists the other way round: ``counts [b, h, Nk]`` and ``indices [b, h, Nk, Nq]``, int32.
+        """The lists the other way round: ``counts [b, h, Nk]`` and ``indices [b, h, Nk, Nq]``.
 
         Which query blocks read each key block, ascending; a backward pass walks them.
         """
@@ -305,8 +315,14 @@ class BlockPlan:
     @cached_property
     def density(self) -> Tensor:
         """``[B, H]`` float32: exactly computed (query, key) pairs / all pairs, readable tokens only."""
-        keys = (self.block_mask.double() @ self.k_sizes.double()[..., None]).squeeze(-1)
-        kept = (keys * self.q_sizes).sum(-1)
+        lead = torch.broadcast_shapes(self.counts.shape[:2], self.k_sizes.shape[:2])  # type: ignore[no-untyped-call]
+        sizes = self.k_sizes.int()[:, :, None].expand(*lead, self.counts.shape[2], -1)
+        keys = torch.empty(*lead, self.counts.shape[2], 1, dtype=torch.int64, device=self.device)
+        lists = self.indices.expand(*lead, -1, -1), self.counts.expand(*lead, -1)[..., None]
+        for out, indices, counts, size in _chunks(keys, *lists, sizes):
+            listed = torch.arange(indices.shape[-1], device=self.device) < counts
+            torch.sum(size.gather(-1, indices.long()).mul_(listed), -1, keepdim=True, out=out)
+        kept = (keys.squeeze(-1) * self.q_sizes).sum(-1)
         pairs = self.q_len * self.k_sizes.sum(-1)
         return (kept / pairs).float().expand(self.batch, self.heads)
 
@@ -371,12 +387,29 @@ class BlockPlan:
 
 
 def _lists(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """``counts [b, h, N]`` and ``indices [b, h, N, M]`` int32 of a block map ``[b, h, N, M]``, columns ascending."""
+    """``counts [b, h, N]`` int32 and ``indices [b, h, N, M]`` of a block map ``[b, h, N, M]``, columns ascending."""
     counts = mask.sum(dim=-1, dtype=torch.int32)
     columns = torch.arange(mask.shape[-1], device=mask.device)
-    # Kept columns first, in ascending order: a stable sort on "not kept".
-    indices = torch.sort((~mask).to(torch.uint8), dim=-1, stable=True).indices
-    return counts, indices.masked_fill(columns >= counts[..., None], 0).to(torch.int32)
+    kind = torch.int16 if mask.shape[-1] <= torch.iinfo(torch.int16).max else torch.int32
+    indices = torch.empty(mask.shape, dtype=kind, device=mask.device)
+    for part, kept, count in _chunks(indices, mask, counts[..., None]):
+        # Kept columns first, in ascending order: a stable sort on "not kept".
+        order = torch.sort((~kept).to(torch.uint8), dim=-1, stable=True).indices
+        part.copy_(order.masked_fill_(columns >= count, 0))
+    return counts, indices
+
+
+def _chunks(first: Tensor, *rest: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same runs of rows of tensors ``[b, h, N, *]``, as views: int64 temporaries of one take 64 MiB at most."""
+    rows = max(1, _CHUNK_ELEMENTS // max(1, *(x.shape[-1] for x in (first, *rest))))
+    b, h, n = first.shape[:3]
+    if b * h * n <= rows:
+        yield (first, *rest)
+        return
+    step = max(1, rows // n)
+    for i, j, start in itertools.product(range(b), range(0, h, step), range(0, n, rows)):
+        cut = (slice(i, i + 1), slice(j, j + step), slice(start, start + rows))
+        yield tuple(x[cut] for x in (first, *rest))
 
 
 def _edges(length: int, block: int, starts: Tensor | None, device: torch.device) -> Tensor:
@@ -385,7 +418,7 @@ def _edges(length: int, block: int, starts: Tensor | None, device: torch.device)
     return torch.arange(0, length + block, block, device=device).clamp_(max=length)[None, None]
 
 
-def _pick_columns(columns: Tensor, indices: Tensor) -> Tensor:
+def pick_columns(columns: Tensor, indices: Tensor) -> Tensor:
     """``[B, H, Nq, K]``: the entries of ``columns [b, h, Nk]`` that index lists ``[b, h, Nq, K]`` name."""
     lead = torch.broadcast_shapes(columns.shape[:2], indices.shape[:2])  # type: ignore[no-untyped-call]
     rows = columns.expand(*lead, -1)[:, :, None].expand(-1, -1, indices.shape[2], -1)

@@ -182,10 +182,10 @@ def why_not(q: Tensor, impl: str, plan: BlockPlan | None = None, verdict: bool =
             return f"{reason}; use impl='torch'" if reason else None
         return None
     try:
-        from dsattn.kernels import block_sparse
+        from dsattn.kernels import launch
     except ImportError as error:
         return f"the triton package cannot be imported ({error}); pip install triton, or use impl='torch'"
-    return block_sparse.why_unavailable(q.device)
+    return launch.why_unavailable(q.device)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

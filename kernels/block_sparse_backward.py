@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
 from dsattn.errors import ImplUnavailableError
-from dsattn.kernels.block_sparse import LOG2E, Tiles, _architecture, _backend, _matrix_unit, precision
+from dsattn.kernels.launch import LOG2E, Tiles, architecture, backend, matrix_unit, precision
 
 # Lengths and strides of the plan change from call to call: compiling for their divisibility would gain nothing.
 _UNSPECIALIZED = (
@@ -84,7 +84,7 @@ def _backward_q(  # type: ignore[no-untyped-def]
     columns = tl.arange(0, BLOCK_N)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for t in range(count * TILES_K):
-        j = tl.load(Indices + t // TILES_K)
+        j = tl.load(Indices + t // TILES_K).to(tl.int32)
         keys = j * block_k + (t % TILES_K) * BLOCK_N + columns
         in_range = keys < tl.minimum((j + 1) * block_k, readable)
         k = _tile(K, keys, in_range, dims, stride_ks, stride_kd, D, BLOCK_D)
@@ -138,7 +138,7 @@ def _backward_kv(  # type: ignore[no-untyped-def]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for t in range(count * TILES_Q):
-        i = tl.load(Indices + t // TILES_Q)
+        i = tl.load(Indices + t // TILES_Q).to(tl.int32)
         rows = i * block_q + (t % TILES_Q) * BLOCK_M + queries
         in_block = rows < tl.minimum((i + 1) * block_q, q_len)
         q = _tile(Q, rows, in_block, dims, stride_qs, stride_qd, D, BLOCK_D)
@@ -178,7 +178,7 @@ _INTERPRETER = (Tiles(64, 64, 1, 1),) * 2
 
 
 def pick_tiles(block_q: int, block_k: int, head_dim: int, dtype: torch.dtype, arch: int | str) -> tuple[Tiles, Tiles]:
-    """Tile shapes of dQ and of dK and dV; same arguments and refusals as ``kernels.block_sparse.pick_tiles``."""
+    """Tile shapes of dQ and of dK and dV; same arguments and refusals as ``kernels.launch.pick_tiles``."""
     if head_dim > 256:
         raise ImplUnavailableError(f"impl='triton' takes head_dim up to 256, got {head_dim}; pass impl='torch'")
     padded = max(64, triton.next_power_of_2(head_dim))
@@ -187,7 +187,7 @@ def pick_tiles(block_q: int, block_k: int, head_dim: int, dtype: torch.dtype, ar
     elif dtype == torch.float32:
         pair = _SINGLE[padded]
     else:
-        pair = _HALF[_matrix_unit(arch)].get(padded, _WIDE[_matrix_unit(arch)])
+        pair = _HALF[matrix_unit(arch)].get(padded, _WIDE[matrix_unit(arch)])
 
     def fit(tiles: Tiles) -> Tiles:
         block_m = min(tiles.block_m, max(16, triton.next_power_of_2(block_q)))
@@ -207,14 +207,14 @@ def gradients(
     ``plan.why_not_plain`` must be None.
     """
     dtypes = q.dtype, k.dtype, v.dtype
-    if _backend() == "interpreter" and q.dtype == torch.bfloat16:  # which the interpreter multiplies as integers
+    if backend() == "interpreter" and q.dtype == torch.bfloat16:  # which the interpreter multiplies as integers
         q, k, v, d_out = q.float(), k.float(), v.float(), d_out.float()
     batch, q_len, heads, dim = q.shape
     k_len, dim_v = k.shape[1], v.shape[-1]
     d_out = d_out.to(q.dtype)
     lse, delta = (lse * LOG2E).contiguous(), delta.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    tiles_q, tiles_kv = pick_tiles(plan.block_q, plan.block_k, max(dim, dim_v), q.dtype, _architecture(q.device))
+    tiles_q, tiles_kv = pick_tiles(plan.block_q, plan.block_k, max(dim, dim_v), q.dtype, architecture(q.device))
 
     def lists(counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         counts, indices = counts.contiguous(), indices.contiguous()
@@ -226,7 +226,7 @@ def gradients(
             "BLOCK_D": max(16, triton.next_power_of_2(dim)), "BLOCK_DV": max(16, triton.next_power_of_2(dim_v)),
             "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
             "TILES_Q": triton.cdiv(plan.block_q, tiles.block_m), "TILES_K": triton.cdiv(plan.block_k, tiles.block_n),
-            "HAS_KEY_LENGTHS": plan.key_lengths is not None, "PRECISION": precision(q.dtype, _backend()),
+            "HAS_KEY_LENGTHS": plan.key_lengths is not None, "PRECISION": precision(q.dtype, backend()),
             "num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True,
         }  # fmt: skip
 

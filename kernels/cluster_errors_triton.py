@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
-from dsattn.kernels.block_sparse import Tiles, _architecture, _backend, block_sparse_attention, precision
+from dsattn.kernels.block_sparse import block_sparse_attention
 from dsattn.kernels.kmeans import Clusters
+from dsattn.kernels.launch import Tiles, architecture, backend, precision
 
 LOG2E = math.log2(math.e)
 
@@ -102,7 +103,7 @@ def cluster_errors(
 
     k and v have one dtype out of float16, bfloat16, float32 and at most 256 dimensions; scale is positive.
     """
-    if _backend() == "interpreter" and k.dtype == torch.bfloat16:  # which it multiplies as integers
+    if backend() == "interpreter" and k.dtype == torch.bfloat16:  # which it multiplies as integers
         k, v = k.float(), v.float()
     batch, heads, rows, dim = queries.shape
     count, dim_v = clusters.sizes.shape[2], v.shape[-1]
@@ -114,7 +115,7 @@ def cluster_errors(
     starts = torch.nn.functional.pad(clusters.sizes.cumsum(-1), (1, 0)).to(torch.int32).contiguous()
     order = clusters.order.contiguous()
     mass, error = torch.empty(2, batch, heads, rows, count, dtype=torch.float32, device=k.device)
-    tiles = pick_tiles(max(dim, dim_v), k.dtype, _architecture(k.device))
+    tiles = pick_tiles(max(dim, dim_v), k.dtype, architecture(k.device))
     with torch.cuda.device(k.device) if k.is_cuda else nullcontext():
         _cluster_errors[(count, triton.cdiv(rows, tiles.block_m), batch * heads)](
             queries, k, v, order, starts, means, out, lse, mass, error,
@@ -123,7 +124,7 @@ def cluster_errors(
             D=dim, DV=dim_v,
             BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(dim_v)),
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-            OUTPUT=kind == "output", PRECISION=precision(k.dtype, _backend()),
+            OUTPUT=kind == "output", PRECISION=precision(k.dtype, backend()),
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return mass, error

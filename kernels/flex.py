@@ -300,7 +300,7 @@ def _tile_readable(readable: Tensor, block: int) -> tuple[Tensor, Tensor]:
 def _full_lists(q_tiles: _Tiles, k_tiles: _Tiles, plan: BlockPlan) -> tuple[Tensor, Tensor]:
     """The kept blocks as FlexAttention's lists; the plan's own where tiles are blocks."""
     if q_tiles.owner is None and k_tiles.owner is None:
-        return plan.counts, plan.indices
+        return plan.counts, plan.indices.int()
     return _lists(k_tiles.spread(q_tiles.spread(plan.block_mask, 2), 3))
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dsattn.kernels.block_sparse import Tiles, _architecture, _backend, precision
+from dsattn.kernels.launch import Tiles, architecture, backend, precision
 from dsattn.kernels.segments_triton import segment_means
 
 
@@ -93,7 +93,7 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
 
     """
     batch, length, heads, dim = x.shape
-    if _backend() == "interpreter" and x.dtype == torch.bfloat16:  # which it multiplies as integers
+    if backend() == "interpreter" and x.dtype == torch.bfloat16:  # which it multiplies as integers
         x = x.float()
     centroids = centroids.contiguous()
     high, low = centroids, None
@@ -103,14 +103,14 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
         low = (centroids - high).to(x.dtype)
     offset = centroids.square().sum(-1) / 2
     labels = torch.empty(batch, heads, length, dtype=torch.int32, device=x.device)
-    tiles = pick_tiles(dim, x.dtype, _architecture(x.device))
+    tiles = pick_tiles(dim, x.dtype, architecture(x.device))
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         _assign[(triton.cdiv(length, tiles.block_m), heads, batch)](
             x, high, low, offset, labels,
             *(x.stride(i) for i in range(4)),
             length, centroids.shape[2],
             D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_S=tiles.block_m, BLOCK_C=tiles.block_n,
-            HAS_LOW=low is not None, PRECISION=precision(x.dtype, _backend()),
+            HAS_LOW=low is not None, PRECISION=precision(x.dtype, backend()),
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     return labels

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dsattn.block_plan import BlockPlan, LinearTail
-from dsattn.kernels.block_sparse import Tiles, _backend
 from dsattn.kernels.feature_maps import EPSILON
+from dsattn.kernels.launch import Tiles, backend
 
 # Slices of the sequence that are summed apart, at most, and their shortest length.
 SLICES, SLICE_LENGTH = 16, 1024
@@ -142,7 +142,7 @@ def add_linear(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, ta
         tail: with ``blocks=None`` and any feature map but ``hedgehog``.
 
     """
-    if _backend() == "interpreter" and q.dtype == torch.bfloat16:  # which the interpreter does not round
+    if backend() == "interpreter" and q.dtype == torch.bfloat16:  # which the interpreter does not round
         return add_linear(out.float(), q.float(), k.float(), v.float(), plan, tail).to(out.dtype)
     batch, k_len, heads, dim = k.shape
     dim_v = v.shape[-1]
@@ -153,7 +153,7 @@ def add_linear(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, ta
     norm = torch.empty(batch, heads, slices, dim, dtype=torch.float32, device=q.device)
     options = {
         "D": dim, "DV": dim_v, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "FEATURE_MAP": tail.feature_map,
-        "PRECISION": precision(q.dtype, _backend()), "enable_fp_fusion": True,
+        "PRECISION": precision(q.dtype, backend()), "enable_fp_fusion": True,
     }  # fmt: skip
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         _sum_keys[(slices * triton.cdiv(dim_v, for_sums.block_m), heads, batch)](

@@ -1,7 +1,8 @@
 """Compiles the Triton kernels for many GPUs, on a machine without any, and shows what it needs there.
 
 `python scripts/aot_report.py` prints registers, spills, shared memory and the matrix and copy instructions of every
-variant. `--check` compares with kernels/resource_budget.json and fails on a spill or a compile error too many.
+variant. `--check` compares with kernels/resource_budget.json and fails on a spill or a compile error too many, and on
+matrix or copy instructions that a variant had and lost.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dsattn.kernels import (
-    block_sparse,
     block_sparse_backward,
+    block_sparse_kernel,
+    block_sparse_tma,
     block_tail,
     cluster_errors_triton,
     kmeans_triton,
+    launch,
     linear_attention,
+    permute,
     segments_triton,
 )
 
@@ -58,6 +62,10 @@ FEATURES = {
     "verdict all": ("verdict", "order", "starts", "tail", "key_lengths"),
     "all": ("order", "starts", "tail", "key_lengths"),
 }
+# The kernel with tensor descriptors, which only some targets have, with everything it takes or with nothing.
+TMA = {"tma": (), "tma all": ("key_lengths", "block_tail"), "tma tail": ("key_lengths", "tail")}
+# Instructions whose loss is a failure.
+INSTRUCTIONS = ("wgmma", "tcgen05", "mma", "tma", "setmaxnreg", "cp_async", "ldmatrix")
 # The kernels of the backward pass, which stand where features do; with the tiles each takes of the pair.
 BACKWARD = {
     "backward q": (block_sparse_backward._backward_q, 0),
@@ -81,18 +89,24 @@ class Variant:
     def name(self) -> str:
         return f"{self.dtype} d{self.head_dim} {self.block_q}x{self.block_k} {self.features}"
 
+    @property
+    def special(self) -> bool:
+        return self.features in TMA
+
 
 @dataclass(frozen=True)
 class Helper:
     """One specialisation of a kernel that makes or completes plans, all its features on.
 
-    kernel: "assign" (k-means), "errors" (of pooled clusters, in the output), "means" (over runs of positions) or
-    "tail" (per query block).
+    kernel: "assign" (k-means), "errors" (of pooled clusters, in the output), "means" (over runs of positions),
+    "permute" or "tail" (per query block).
     """
 
     kernel: str
     dtype: str
     head_dim: int
+
+    special = False
 
     @property
     def name(self) -> str:
@@ -101,6 +115,16 @@ class Helper:
 
 VARIANTS: list[Variant | Helper] = [
     *(Variant("bf16", 128, 128, 64, features) for features in FEATURES),
+    *(
+        Variant("bf16", dim, *blocks, "tma all")
+        for dim in (64, 128, 256)
+        for blocks in ((128, 128), (128, 64), (64, 64))
+        if (dim, *blocks) != (256, 128, 128)
+    ),
+    *(Variant("bf16", dim, *blocks, "tma tail") for dim in (64, 128, 256) for blocks in ((128, 64), (64, 64))),
+    Variant("bf16", 128, 128, 128, "tma"),
+    Variant("fp16", 128, 128, 64, "tma"),
+    Variant("bf16", 96, 128, 64, "tma"),
     Variant("bf16", 128, 64, 64, "fixed"),
     Variant("bf16", 64, 128, 64, "all"),
     Variant("bf16", 256, 64, 64, "fixed"),
@@ -117,6 +141,7 @@ VARIANTS: list[Variant | Helper] = [
     *(Helper("errors", dtype, dim) for dtype in ("bf16", "fp32") for dim in (64, 128)),
     Helper("errors", "bf16", 256),
     *(Helper("means", dtype, dim) for dtype in ("bf16", "fp32") for dim in (64, 128)),
+    Helper("permute", "bf16", 128),
     *(Helper("tail", dtype, dim) for dtype, dim in (("bf16", 128), ("bf16", 256), ("fp32", 128))),
 ]
 
@@ -132,31 +157,55 @@ class Measured:
     tcgen05: int = 0
     mma: int = 0
     tma: int = 0
+    setmaxnreg: int = 0
     cp_async: int = 0
+    ldmatrix: int = 0
     error: str | None = None
 
 
-def tiles_of(variant: Variant | Helper, target: GPUTarget) -> block_sparse.Tiles:
+def variants_of(target_name: str) -> list[Variant | Helper]:
+    """What there is to compile for a target."""
+    special = TARGETS[target_name].arch in (90, 100)
+    return [variant for variant in VARIANTS if special or not variant.special]
+
+
+def how_of(variant: Variant, target: GPUTarget) -> launch.Specialized:
+    """How the launcher would compile the kernel with tensor descriptors."""
+    shape = (variant.block_q, variant.block_k, variant.head_dim, DTYPES[variant.dtype], target.arch)
+    how = launch.pick_specialized(*shape, tail="tail" in TMA[variant.features])
+    if how is None:
+        raise ValueError(f"no kernel with tensor descriptors for {variant.name} on {target}")
+    return how
+
+
+def tiles_of(variant: Variant | Helper, target: GPUTarget) -> launch.Tiles:
     """Tile shape that the launcher would pick."""
     if isinstance(variant, Helper):
         if variant.kernel == "tail":
-            return block_sparse.pick_tiles(64, 32, variant.head_dim, DTYPES[variant.dtype], target.arch)
+            return launch.pick_tiles(64, 32, variant.head_dim, DTYPES[variant.dtype], target.arch)
         # "means" has tiles of its own, and Triton's default of stages.
-        means = block_sparse.Tiles(segments_triton.BLOCK_S, variant.head_dim, segments_triton.WARPS, 3)
+        means = launch.Tiles(segments_triton.BLOCK_S, variant.head_dim, segments_triton.WARPS, 3)
+        if variant.kernel == "permute":
+            return launch.Tiles(permute.ROWS, variant.head_dim, permute.WARPS, 3)
         pick = {"assign": kmeans_triton.pick_tiles, "errors": cluster_errors_triton.pick_tiles}.get(variant.kernel)
         return pick(variant.head_dim, DTYPES[variant.dtype], target.arch) if pick else means
+    if variant.special:
+        return how_of(variant, target).tiles
     shape = (variant.block_q, variant.block_k, variant.head_dim, DTYPES[variant.dtype], target.arch)
     if variant.features in BACKWARD:
         return block_sparse_backward.pick_tiles(*shape)[BACKWARD[variant.features][1]]
     if variant.features in LINEAR:
         return linear_attention.pick_tiles(variant.head_dim, DTYPES[variant.dtype])[LINEAR[variant.features][1]]
-    return block_sparse.pick_tiles(*shape)
+    has = FEATURES[variant.features]
+    return launch.pick_tiles(*shape, packed_tail="starts" in has and "tail" in has and "verdict" not in has)
 
 
 def source(variant: Variant | Helper, target: GPUTarget) -> ASTSource:
     """The kernel as the launcher would specialise it: contiguous head_dim, 16-byte aligned tensors and rows."""
     if isinstance(variant, Helper):
         return helper_source(variant, target)
+    if variant.special:
+        return tma_source(variant, target)
     if variant.features in BACKWARD:
         return backward_source(variant, target)
     if variant.features in LINEAR:
@@ -165,14 +214,18 @@ def source(variant: Variant | Helper, target: GPUTarget) -> ASTSource:
     tiles = tiles_of(variant, target)
     known = {feature for features in FEATURES.values() for feature in features}
     has = {feature: feature in FEATURES[variant.features] for feature in known}
+    packed = has["starts"] and not has["verdict"]
+    has["key_lengths"] &= not packed
     element = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}[variant.dtype]
     padded = max(16, triton.next_power_of_2(dim))
     pointers: dict[str, str | None] = {
         **dict.fromkeys(("Q", "K", "V", "Out"), element),
         **dict.fromkeys(("Lse",), "*fp32"),
-        **dict.fromkeys(("Counts", "Indices"), "*i32"),
+        **dict.fromkeys(("Counts", "ProgramOrder"), "*i32"),
+        "Indices": "*i16",
         **dict.fromkeys(("QOrder", "KOrder"), "*i64" if has["order"] else None),
         **dict.fromkeys(("TileBlock", "TileStart", "QStarts", "KStarts"), "*i32" if has["starts"] else None),
+        "KeyEnds": "*i32" if packed else None,
         "KeyLengths": "*i32" if has["key_lengths"] else None,
         **dict.fromkeys(("PooledK", "PooledV"), element if has["tail"] else None),
         "LogCount": "*fp32" if has["tail"] else None,
@@ -184,16 +237,44 @@ def source(variant: Variant | Helper, target: GPUTarget) -> ASTSource:
     constants: dict[str, Any] = {
         "D": dim, "DV": dim, "BLOCK_D": padded, "BLOCK_DV": padded,
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
-        "TILES_Q": triton.cdiv(variant.block_q, tiles.block_m), "TILES_K": triton.cdiv(variant.block_k, tiles.block_n),
+        "TILES_Q": 1 if has["starts"] else triton.cdiv(variant.block_q, tiles.block_m),
+        "TILES_K": triton.cdiv(variant.block_k, tiles.block_n),
         "HAS_Q_ORDER": has["order"], "HAS_K_ORDER": has["order"],
         "HAS_Q_STARTS": has["starts"], "HAS_K_STARTS": has["starts"],
+        "SEARCH": 10 if packed else 0,
         "HAS_KEY_LENGTHS": has["key_lengths"], "HAS_TAIL": has["tail"], "HAS_BLOCK_TAIL": has["block_tail"],
         "HAS_VERDICT": has["verdict"], "PV_SKIP": has["pv_skip"],
-        "PRECISION": block_sparse.precision(dtype, target.backend),
+        "PRECISION": launch.precision(dtype, target.backend),
         "stride_qd": 1, "stride_kd": 1, "stride_vd": 1,
     }  # fmt: skip
     constants.update({name: None for name, kind in pointers.items() if kind is None})
-    return _specialised(block_sparse._forward, pointers, constants)
+    return _specialised(block_sparse_kernel._forward, pointers, constants)
+
+
+def tma_source(variant: Variant, target: GPUTarget) -> ASTSource:
+    """The kernel with tensor descriptors."""
+    dim, how, has = variant.head_dim, how_of(variant, target), TMA[variant.features]
+    element = {"bf16": "*bf16", "fp16": "*fp16"}[variant.dtype]
+    pointers: dict[str, str | None] = {
+        **dict.fromkeys(("Q", "K", "V", "Out"), element),
+        **dict.fromkeys(("Counts", "ProgramOrder"), "*i32"),
+        "Indices": "*i16",
+        "Lse": "*fp32",
+        "KeyLengths": "*i32" if "key_lengths" in has else None,
+        **dict.fromkeys(("TailValue", "TailWeight"), "*fp32" if "block_tail" in has else None),
+        "LogCount": "*fp32" if "tail" in has else None,
+        "Kept": "*u8" if "tail" in has else None,
+    }
+    padded = max(16, triton.next_power_of_2(dim))
+    constants: dict[str, Any] = {
+        "D": dim, "DV": dim, "BLOCK_D": padded, "BLOCK_DV": padded,
+        "BLOCK_M": how.tiles.block_m, "BLOCK_N": how.tiles.block_n,
+        "TILES_Q": variant.block_q // how.tiles.block_m, "TILES_K": variant.block_k // how.tiles.block_n,
+        "HAS_KEY_LENGTHS": "key_lengths" in has, "HAS_BLOCK_TAIL": "block_tail" in has,
+        "HAS_TAIL": "tail" in has, "SPECIALIZE": how.roles,
+        **{name: None for name, kind in pointers.items() if kind is None},
+    }  # fmt: skip
+    return _specialised(block_sparse_tma._forward_tma, pointers, constants)
 
 
 def backward_source(variant: Variant, target: GPUTarget) -> ASTSource:
@@ -203,14 +284,15 @@ def backward_source(variant: Variant, target: GPUTarget) -> ASTSource:
     pointers: dict[str, str | None] = {
         **dict.fromkeys(("Q", "K", "V", "GradOut", "GradQ", "GradK", "GradV"), element),
         **dict.fromkeys(("Lse", "Delta"), "*fp32"),
-        **dict.fromkeys(("Counts", "Indices", "KeyLengths"), "*i32"),
+        **dict.fromkeys(("Counts", "KeyLengths"), "*i32"),
+        "Indices": "*i16",
     }
     padded = max(16, triton.next_power_of_2(dim))
     constants: dict[str, Any] = {
         "D": dim, "DV": dim, "BLOCK_D": padded, "BLOCK_DV": padded,
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
         "TILES_Q": triton.cdiv(variant.block_q, tiles.block_m), "TILES_K": triton.cdiv(variant.block_k, tiles.block_n),
-        "HAS_KEY_LENGTHS": True, "PRECISION": block_sparse.precision(DTYPES[variant.dtype], target.backend),
+        "HAS_KEY_LENGTHS": True, "PRECISION": launch.precision(DTYPES[variant.dtype], target.backend),
         "stride_qd": 1, "stride_kd": 1, "stride_vd": 1, "stride_od": 1,
     }  # fmt: skip
     return _specialised(BACKWARD[variant.features][0], pointers, constants)
@@ -259,6 +341,7 @@ def helper_source(variant: Helper, target: GPUTarget) -> ASTSource:
                 **dict.fromkeys(("Empty", "Weights", "Means", "Totals"), "*fp32"),
             },
         ),
+        "permute": (permute._permute, {"X": element, "Order": "*i64", "Y": element}),
         "tail": (
             block_tail._block_tail,
             {
@@ -272,9 +355,9 @@ def helper_source(variant: Helper, target: GPUTarget) -> ASTSource:
     constants: dict[str, Any] = {
         "D": dim, "DV": dim, "BLOCK_D": padded, "BLOCK_DV": padded,
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_S": tiles.block_m, "BLOCK_C": tiles.block_n,
-        "HAS_LOW": half, "OUTPUT": True,
+        "HAS_LOW": half, "OUTPUT": True, "ROWS": permute.ROWS, "BACK": False,
         **dict.fromkeys(("HAS_ORDER", "HAS_STARTS", "HAS_KEY_LENGTHS", "HAS_EMPTY", "HAS_WEIGHTS"), True),
-        "PRECISION": block_sparse.precision(DTYPES[variant.dtype], target.backend),
+        "PRECISION": launch.precision(DTYPES[variant.dtype], target.backend),
         "stride_xd": 1, "stride_kd": 1, "stride_vd": 1,
     }  # fmt: skip
     constants = {name: x for name, x in constants.items() if name in kernel.arg_names}
@@ -287,7 +370,7 @@ def _specialised(kernel: Any, pointers: dict[str, str | None], constants: dict[s
     for index, name in enumerate(kernel.arg_names):
         kind = "fp32" if name in ("scale", "pv_skip", "scale_log2", "epsilon") else pointers.get(name) or "i32"
         signature[name] = "constexpr" if name in constants else kind
-        aligned = kind.startswith("*") or re.fullmatch(r"stride_[qkvogwx][bsh]", name)
+        aligned = kind.startswith("*") or re.fullmatch(r"stride_[qkvogwxy][bsh]", name)
         if name not in constants and aligned:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -318,6 +401,8 @@ def _nvidia(compiled: Any, shared: int) -> Measured:
         tcgen05=ptx.count("tcgen05.mma"),
         mma=ptx.count("mma.sync"),
         tma=ptx.count("cp.async.bulk.tensor"),
+        setmaxnreg=ptx.count("setmaxnreg."),
+        ldmatrix=ptx.count("ldmatrix."),
         cp_async=len(re.findall(r"cp\.async\.c[ag]\.", ptx)),
     )
 
@@ -365,6 +450,9 @@ def violations(results: dict[tuple[str, str], Measured], budget: dict[str, Any])
                 for key in ("spills", "shared")
                 if getattr(got, key) > allowed[key]
             ]
+            lines += [
+                f"{target} {name}: has no {key} any more" for key in allowed.get("uses", ()) if not getattr(got, key)
+            ]
     return lines
 
 
@@ -374,7 +462,8 @@ def _write_budget(results: dict[tuple[str, str], Measured], budget: dict[str, An
             raise SystemExit(f"{target} {name}: does not compile: {got.error}")
         # Compiler versions differ by a few hundred bytes of scratch: budgets are whole KiB with one to spare.
         shared = (got.shared // 1024 + 2) * 1024
-        budget.setdefault(target, {})[name] = {"spills": got.spills, "shared": shared}
+        uses = [key for key in INSTRUCTIONS if getattr(got, key)]
+        budget.setdefault(target, {})[name] = {"spills": got.spills, "shared": shared, "uses": uses}
     rows = {
         target: "{\n" + ",\n".join(f'    "{name}": {json.dumps(b)}' for name, b in per.items()) + "\n  }"
         for target, per in budget.items()
@@ -384,7 +473,7 @@ def _write_budget(results: dict[tuple[str, str], Measured], budget: dict[str, An
 
 def _table(results: dict[tuple[str, str], Measured]) -> Table:
     table = Table(title=f"kernels, Triton {triton.__version__}")
-    columns = ("registers", "spills", "shared", "wgmma", "tcgen05", "mma", "tma", "cp_async")
+    columns = ("registers", "spills", "shared", *INSTRUCTIONS)
     table.add_column("target")
     table.add_column("kernel, dtype, head_dim, blocks, features")
     table.add_column("tiles")
@@ -413,9 +502,9 @@ def main(
     """Compile the kernels ahead of time and report what it needs on each GPU."""
     if unknown := set(target or ()) - set(TARGETS):
         raise typer.BadParameter(f"unknown target {', '.join(sorted(unknown))}; known: {', '.join(TARGETS)}")
-    if block_sparse.why_unavailable(torch.device("cpu")) is None:
+    if launch.why_unavailable(torch.device("cpu")) is None:
         raise typer.BadParameter("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
-    work = [(v, t) for t in target or TARGETS for v in VARIANTS if variant in v.name]
+    work = [(v, t) for t in target or TARGETS for v in variants_of(t) if variant in v.name]
     if not work:
         raise typer.BadParameter(f"no variant contains {variant!r}; there are: {'; '.join(v.name for v in VARIANTS)}")
     with ProcessPoolExecutor(min(jobs, len(work)), mp_context=get_context("spawn")) as pool:
@@ -426,7 +515,7 @@ def main(
         listed = [{"target": t, "variant": name, **asdict(m)} for (t, name), m in results.items()]
         print(json.dumps({"triton": triton.__version__, "results": listed}, indent=2))
     else:
-        Console(width=None if Console().is_terminal else 150).print(_table(results))
+        Console(width=None if Console().is_terminal else 180).print(_table(results))
     budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
     if write_budget:
         _write_budget(results, budget)

@@ -52,15 +52,19 @@ def test_unknown_target_and_variant():
 
 def test_violations_name_target_variant_figure_and_budget(script):
     results = {
-        ("sm_90", "a"): script.Measured(spills=4, shared=2000),
+        ("sm_90", "a"): script.Measured(spills=4, shared=2000, wgmma=8),
         ("sm_90", "b"): script.Measured(error="CompilationError: no"),
         ("gfx942", "a"): script.Measured(spills=1),
         ("gfx942", "c"): script.Measured(spills=9),
     }
-    budget = {"sm_90": {"a": {"spills": 0, "shared": 1000}}, "gfx942": {"a": {"spills": 1, "shared": 0}}}
+    budget = {
+        "sm_90": {"a": {"spills": 0, "shared": 1000, "uses": ["wgmma", "tma"]}},
+        "gfx942": {"a": {"spills": 1, "shared": 0}},
+    }
     assert script.violations(results, budget) == [
         "sm_90 a: spills 4, budget 0",
         "sm_90 a: shared 2000, budget 1000",
+        "sm_90 a: has no tma any more",
         "sm_90 b: does not compile: CompilationError: no",
         "gfx942 c: has no budget; add it with --write-budget",
     ]
@@ -68,10 +72,24 @@ def test_violations_name_target_variant_figure_and_budget(script):
 
 def test_budget_covers_every_variant_and_allows_no_spills_in_common_ones(script):
     budget = json.loads((ROOT / "kernels" / "resource_budget.json").read_text())
-    names = {variant.name for variant in script.VARIANTS}
     assert set(budget) == set(script.TARGETS)
     for target, variants in budget.items():
-        assert set(variants) == names, target
+        assert set(variants) == {variant.name for variant in script.variants_of(target)}, target
         for name, allowed in variants.items():
             assert allowed["spills"] == 0 or name.endswith(" all"), f"{target} {name}"
             assert allowed["spills"] <= 4 and allowed["shared"] <= 227 * 1024
+
+
+def test_budget_holds_the_instructions_that_make_each_target_fast(script):
+    """So that a budget without them cannot be written unseen."""
+    budget = json.loads((ROOT / "kernels" / "resource_budget.json").read_text())
+    for target, matrix in (("sm_90", "wgmma"), ("sm_100", "tcgen05")):
+        for variant in (v for v in script.VARIANTS if v.special):
+            allowed, how = budget[target][variant.name], script.how_of(variant, script.TARGETS[target])
+            assert allowed["spills"] == 0 and {matrix, "tma"} <= set(allowed["uses"]), f"{target} {variant.name}"
+            assert how.roles == ("setmaxnreg" in allowed["uses"]), f"{target} {variant.name}"
+    for target, matrix in (("sm_80", "mma"), ("sm_89", "mma"), ("sm_120", "mma"), ("sm_90", "wgmma")):
+        for features in ("fixed", "order", "clusters", "tail"):
+            uses = budget[target][f"bf16 d128 128x64 {features}"]["uses"]
+            assert {matrix, "cp_async"} <= set(uses), f"{target} {features}"
+            assert matrix == "wgmma" or "ldmatrix" in uses, f"{target} {features}"

@@ -103,3 +103,29 @@ def test_constructor_names_the_field(change, message):
     values = {"counts": torch.ones(1, 1, 1, dtype=torch.int32), "indices": torch.zeros(1, 1, 1, 4, dtype=torch.int32)}
     with pytest.raises(ValueError, match=message):
         BlockPlan(batch=2, heads=1, q_len=16, k_len=55, block_q=16, block_k=16, **{**values, **change})
+
+
+@pytest.mark.parametrize("elements", [1, 40, 100, 400])
+def test_lists_and_density_do_not_depend_on_the_chunks(elements, monkeypatch):
+    """Made and read a few rows at a time, as large plans are."""
+    draw = torch.Generator().manual_seed(1)
+    mask = torch.rand(2, 3, 7, 9, generator=draw) < 0.4
+    mask[..., 2] = True
+    sizes = {"q_len": 100, "k_len": 140, "batch": 2, "heads": 3, "block_q": 16, "block_k": 16}
+    lengths = torch.tensor([50, 139], dtype=torch.int32)
+    want = BlockPlan.from_mask(mask, **sizes, key_lengths=lengths)
+    monkeypatch.setattr("dsattn.block_plan._CHUNK_ELEMENTS", elements)
+    got = BlockPlan.from_mask(mask, **sizes, key_lengths=lengths)
+    assert got.indices.dtype == torch.int16
+    assert torch.equal(got.counts, want.counts) and torch.equal(got.indices, want.indices)
+    assert torch.equal(got.block_mask, mask) and torch.equal(got.density, want.density)
+    keys = got.to_dense().double().sum((-1, -2)) / (100 * lengths[:, None])
+    torch.testing.assert_close(got.density.double(), keys, rtol=1e-6, atol=0)
+    assert all(torch.equal(a, b) for a, b in zip(got.key_lists, want.key_lists, strict=True))
+
+
+def test_lists_of_very_many_blocks_take_four_bytes():
+    mask = torch.zeros(1, 1, 1, 40_000, dtype=torch.bool)
+    mask[..., 39_999] = True
+    plan = BlockPlan.from_mask(mask, 16, 640_000, batch=1, heads=1, block_q=16, block_k=16)
+    assert plan.indices.dtype == torch.int32 and int(plan.indices[0, 0, 0, 0]) == 39_999

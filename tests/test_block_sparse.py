@@ -10,7 +10,7 @@ import torch
 
 from dsattn.block_plan import BlockPlan
 from dsattn.errors import ImplUnavailableError
-from dsattn.kernels import block_sparse, block_tail, pooling
+from dsattn.kernels import block_sparse, block_tail, launch, pooling, program_order
 
 from . import plans
 
@@ -46,7 +46,7 @@ def test_tiles_never_exceed_blocks_or_limits(dtype, arch):
     """Powers of two from 16 on, no larger than the block rounded up, registers for the accumulator."""
     for block_q in (8, 16, 48, 64, 128, 1000):
         for head_dim in (32, 40, 64, 96, 128, 160, 256):
-            tiles = block_sparse.pick_tiles(block_q, 64, head_dim, dtype, arch)
+            tiles = launch.pick_tiles(block_q, 64, head_dim, dtype, arch)
             assert tiles.block_m & (tiles.block_m - 1) == 0 and tiles.block_n & (tiles.block_n - 1) == 0
             assert 16 <= tiles.block_m < max(17, 2 * block_q) and 16 <= tiles.block_n <= 64
             if arch != "interpreter":
@@ -57,7 +57,7 @@ def test_tiles_never_exceed_blocks_or_limits(dtype, arch):
 
 def test_head_dim_above_256_is_refused():
     with pytest.raises(ImplUnavailableError, match="up to 256, got 264"):
-        block_sparse.pick_tiles(64, 64, 264, torch.bfloat16, 90)
+        launch.pick_tiles(64, 64, 264, torch.bfloat16, 90)
 
 
 def test_tile_table_covers_every_query_once():
@@ -68,7 +68,7 @@ def test_tile_table_covers_every_query_once():
         mask = torch.ones(1, 1, blocks, 1, dtype=torch.bool)
         plan = BlockPlan.from_mask(mask, length, 16, batch=2, heads=3, q_starts=starts, block_k=16)
         programs = -(-length // 32) + blocks
-        block, start = block_sparse.tile_table(plan, 32, programs)
+        block, start = program_order.tile_table(plan, 32, programs)
         assert block.shape == start.shape == (2, 3, programs)
         for b in range(2):
             for h in range(3):
@@ -139,11 +139,11 @@ def test_block_tail_over_many_tiles(clusters):
     case = plans.Case("", q, k, v, plan, 0.2).to(DEVICE)
     value, weight = block_tail.block_tail(
         case.q, case.k, case.v, case.plan,
-        scale_log2=0.2 * block_sparse.LOG2E, block_m=16, block_n=16, warps=4, stages=1, precision="ieee",
+        scale_log2=0.2 * launch.LOG2E, block_m=16, block_n=16, warps=4, stages=1, precision="ieee",
     )  # fmt: skip
     want, log_weight = pooling.pool_tail(*(x.double() for x in (case.q, case.k, case.v)), case.plan, 0.2)
     torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(weight.double() / block_sparse.LOG2E, log_weight, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weight.double() / launch.LOG2E, log_weight, rtol=1e-5, atol=1e-5)
     assert bool((weight[:, :, 7] == -torch.inf).all()) and bool((value[:, :, 7] == 0).all())
 
 
