@@ -116,7 +116,7 @@ def block_mass(q: Tensor, k: Tensor, lse: Tensor, plan: BlockPlan, *, scale: flo
     if _backend() == "interpreter" and q.dtype == torch.bfloat16:  # which it multiplies as integers
         q, k = q.float(), k.float()
     batch, q_len, heads, dim = q.shape
-    # Those of the forward pass, which holds more.
+    # Those of the forward pass, which holds more; in fp32, the walk over clusters leaves no registers for prefetches.
     tiles = pick_tiles(plan.block_q, plan.block_k, dim, q.dtype, _architecture(q.device))
 
     def spread(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
@@ -128,6 +128,7 @@ def block_mass(q: Tensor, k: Tensor, lse: Tensor, plan: BlockPlan, *, scale: flo
     layout = [spread(x) for x in (plan.q_order, plan.k_order, plan.q_starts, plan.k_starts)]
     (q_order, _), (k_order, _), (q_starts, _), (k_starts, _) = layout
     flat = q_starts is None and k_starts is None and plan.block_q <= tiles.block_m
+    stages = 1 if q.dtype == torch.float32 and not flat else tiles.stages
     mass = torch.empty(batch, heads, plan.num_q_blocks, plan.num_k_blocks, dtype=torch.float32, device=q.device)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         _block_mass[(plan.num_q_blocks, heads, batch)](
@@ -139,6 +140,6 @@ def block_mass(q: Tensor, k: Tensor, lse: Tensor, plan: BlockPlan, *, scale: flo
             FLAT=flat, HAS_Q_ORDER=q_order is not None, HAS_K_ORDER=k_order is not None,
             HAS_Q_STARTS=q_starts is not None, HAS_K_STARTS=k_starts is not None,
             HAS_KEY_LENGTHS=plan.key_lengths is not None, PRECISION=precision(q.dtype, _backend()),
-            num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
+            num_warps=tiles.warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
     return mass

@@ -17,9 +17,8 @@ from dsattn.block_plan import BlockPlan
 from dsattn.kernels.block_sparse import _backend
 from dsattn.kernels.quantize import FP8_MAX, TINY, KeyTiles, Quantized
 
-# Positions that one program of the first pass takes in, and how many of them side by side; warps of both passes.
+# Positions that one program of the first pass takes in, and how many of them side by side.
 CHUNK, BLOCK_S = 512, 32
-WARPS = 4
 
 
 @triton.jit
@@ -142,6 +141,11 @@ def _quantize(  # type: ignore[no-untyped-def]
         tl.store(pointers, tl.trans(to_fp8(v, INTERPRETED)))
 
 
+def warps_for(head_dim: int) -> int:
+    """Warps of both passes: as many as hold a tile without spills."""
+    return 4 if head_dim <= 128 else 8
+
+
 def quantize(k: Tensor, v: Tensor, plan: BlockPlan, *, int8_qk: bool, fp8_pv: bool) -> Quantized:
     """Same contract as ``kernels.quantize.quantize``, for float16, bfloat16 and float32; D at most 256."""
     batch, length, heads, dim = k.shape
@@ -161,7 +165,7 @@ def quantize(k: Tensor, v: Tensor, plan: BlockPlan, *, int8_qk: bool, fp8_pv: bo
     mean = v_scale = None
     shape = {
         "D": dim, "DV": dim_v, "BLOCK_D": padded, "BLOCK_DV": padded_v, "INT8_QK": int8_qk, "FP8_PV": fp8_pv,
-        "HAS_K_ORDER": order is not None, "num_warps": WARPS,
+        "HAS_K_ORDER": order is not None, "num_warps": warps_for(max(dim, dim_v)),
     }  # fmt: skip
     strides = (*k.stride(), *v.stride(), *((0, 0) if order is None else order.stride()[:2]))
     with torch.cuda.device(device) if k.is_cuda else nullcontext():

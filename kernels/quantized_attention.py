@@ -67,7 +67,7 @@ def _forward(  # type: ignore[no-untyped-def]
     stride_mb, stride_mh, stride_mq,
     q_len, k_len, q_blocks, k_blocks, key_tiles, heads, block_q, block_k, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_Q: tl.constexpr, TILES_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, TILES_Q: tl.constexpr, TILES_K: tl.constexpr,
     INT8_QK: tl.constexpr, FP8_PV: tl.constexpr,
     HAS_Q_ORDER: tl.constexpr, HAS_K_ORDER: tl.constexpr,
     HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr, HAS_BLOCK_TAIL: tl.constexpr,
@@ -195,8 +195,8 @@ def _forward(  # type: ignore[no-untyped-def]
         q = _rows(Q, rows, in_block, dims, stride_qs, stride_qd, D, BLOCK_D)
         pooled = head * k_blocks
         Kept += b * stride_mb + h * stride_mh + block.to(tl.int64) * stride_mq
-        for first_block in range(0, k_blocks, BLOCK_N):
-            blocks = first_block + columns
+        for first_block in range(0, k_blocks, BLOCK_T):
+            blocks = first_block + tl.arange(0, BLOCK_T)
             in_range = blocks < k_blocks
             kept = tl.load(Kept + blocks, mask=in_range, other=1)
             bias = tl.load(LogCount + pooled + blocks, mask=in_range, other=float("-inf"))
@@ -233,20 +233,26 @@ def _forward(  # type: ignore[no-untyped-def]
 # Tile of queries, warps and stages by kind of matrix unit and padded head_dim, without spills
 # (scripts/aot_report.py); the tile of keys is that of the quantised keys, at most the second number.
 _TILES = {
-    "mma": {64: Tiles(128, 64, 8, 2), 128: Tiles(64, 64, 8, 2), 256: Tiles(64, 64, 8, 2)},
-    "wgmma": {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},
-    "mfma": {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 2)},
+    "mma": {64: Tiles(128, 64, 4, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 2)},
+    "wgmma": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},
+    "mfma": {64: Tiles(128, 64, 4, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 1)},
 }
+# With a pooled tail, what it needs stays in registers too. Pooled keys at a time, in full precision.
+_WITH_TAIL = {"mma": {128: Tiles(64, 64, 8, 2)}, "wgmma": {128: Tiles(64, 64, 4, 3)}}
+BLOCK_T = 32
 _INTERPRETER = Tiles(64, 64, 1, 1)
 
 
-def pick_tiles(block_q: int, key_tile: int, head_dim: int, arch: int | str) -> Tiles:
-    """Tile shape for a plan's query blocks and its tiles of keys; refusals as ``kernels.block_sparse.pick_tiles``."""
+def pick_tiles(block_q: int, key_tile: int, head_dim: int, arch: int | str, tail: bool = False) -> Tiles:
+    """Tile shape for a plan's query blocks and its tiles of keys, ``tail`` for a pooled one; head_dim up to 256."""
     if head_dim > 256:
         raise ImplUnavailableError(f"impl='triton' takes head_dim up to 256, got {head_dim}; pass impl='torch'")
     largest = _INTERPRETER
     if arch != "interpreter":
-        largest = _TILES[_matrix_unit(arch)][max(64, triton.next_power_of_2(head_dim))]
+        unit, padded = _matrix_unit(arch), max(64, triton.next_power_of_2(head_dim))
+        largest = _TILES[unit][padded]
+        if tail:
+            largest = _WITH_TAIL.get(unit, {}).get(padded, largest)
     block_m = min(largest.block_m, max(16, triton.next_power_of_2(block_q)))
     # Smaller tiles need fewer warps to hold them.
     warps = largest.warps if (block_m, key_tile) == largest[:2] else min(largest.warps, 4)
@@ -283,7 +289,7 @@ def block_sparse_attention(
         quantized = quantize(k, v, plan, int8_qk=int8_qk, fp8_pv=fp8_pv)
     (batch, q_len, heads, dim), dim_v, arch = q.shape, v.shape[-1], _architecture(q.device)
     key_tiles = quantized.tiles
-    tiles = pick_tiles(plan.block_q, key_tiles.size, max(dim, dim_v), arch)
+    tiles = pick_tiles(plan.block_q, key_tiles.size, max(dim, dim_v), arch, plan.tail == "pooled")
 
     def spread(x: Tensor) -> Tensor:
         x = x if x.stride(-1) == 1 else x.contiguous()
@@ -331,7 +337,7 @@ def block_sparse_attention(
             plan.block_q, plan.block_k, scale * LOG2E,
             D=dim, DV=dim_v,
             BLOCK_D=max(32, triton.next_power_of_2(dim)), BLOCK_DV=max(32, triton.next_power_of_2(dim_v)),
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_T=BLOCK_T,
             TILES_Q=tiles_q, TILES_K=triton.cdiv(plan.block_k, tiles.block_n), INT8_QK=int8_qk, FP8_PV=fp8_pv,
             HAS_Q_ORDER=q_order is not None, HAS_K_ORDER=k_order is not None,
             HAS_Q_STARTS=q_starts is not None, HAS_K_STARTS=k_starts is not None,

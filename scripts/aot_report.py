@@ -26,12 +26,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dsattn.kernels import (
+    block_mass_triton,
     block_sparse,
     block_sparse_backward,
     block_tail,
     cluster_errors_triton,
     kmeans_triton,
     linear_attention,
+    quantize_triton,
+    quantized_attention,
     segments_triton,
 )
 
@@ -58,13 +61,18 @@ FEATURES = {
     "verdict all": ("verdict", "order", "starts", "tail", "key_lengths"),
     "all": ("order", "starts", "tail", "key_lengths"),
 }
-# The kernels of the backward pass, which stand where features do; with the tiles each takes of the pair.
-BACKWARD = {
-    "backward q": (block_sparse_backward._backward_q, 0),
-    "backward kv": (block_sparse_backward._backward_kv, 1),
-}
+# The passes of the backward kernel, which stand where features do; with the tiles each takes of the pair.
+BACKWARD = {"backward q": 0, "backward kv": 1}
 # The same for the linear branch.
 LINEAR = {"linear keys": (linear_attention._sum_keys, 0), "linear queries": (linear_attention._add_queries, 1)}
+# The same for quantised attention: keys in INT8, values in FP8, features of the plan.
+QUANTIZED: dict[str, tuple[bool, bool, tuple[str, ...]]] = {
+    "int8_qk": (True, False, ()),
+    "fp8_pv": (False, True, ()),
+    "int8_qk_fp8_pv": (True, True, ()),
+    "int8_qk_fp8_pv clusters": (True, True, FEATURES["clusters"]),
+    "int8_qk_fp8_pv all": (True, True, FEATURES["all"]),
+}
 
 
 @dataclass(frozen=True)
@@ -84,10 +92,11 @@ class Variant:
 
 @dataclass(frozen=True)
 class Helper:
-    """One specialisation of a kernel that makes or completes plans, all its features on.
+    """One specialisation of a kernel beside attention, all its features on.
 
-    kernel: "assign" (k-means), "errors" (of pooled clusters, in the output), "means" (over runs of positions) or
-    "tail" (per query block).
+    kernel: "assign" (k-means), "errors" (of pooled clusters, in the output), "means" (over runs of positions),
+    "tail" (per query block), "mass" (of block pairs, equal blocks), "mass clusters", "statistics" and "quantize" (of
+    keys and values) or "row sums" (delta of the backward pass).
     """
 
     kernel: str
@@ -118,6 +127,12 @@ VARIANTS: list[Variant | Helper] = [
     Helper("errors", "bf16", 256),
     *(Helper("means", dtype, dim) for dtype in ("bf16", "fp32") for dim in (64, 128)),
     *(Helper("tail", dtype, dim) for dtype, dim in (("bf16", 128), ("bf16", 256), ("fp32", 128))),
+    *(Variant("bf16", 128, 128, 64, features) for features in QUANTIZED),
+    *(Variant("bf16", dim, 128, 64, features) for dim in (64, 256) for features in ("int8_qk", "int8_qk_fp8_pv")),
+    Variant("fp16", 128, 128, 64, "int8_qk_fp8_pv"),
+    *(Variant("fp16", 128, 64, 64, kernel) for kernel in BACKWARD),
+    *(Helper(kernel, dtype, 128) for kernel in ("mass", "mass clusters") for dtype in ("bf16", "fp32")),
+    *(Helper(kernel, "bf16", dim) for kernel in ("statistics", "quantize", "row sums") for dim in (64, 128, 256)),
 ]
 
 
@@ -136,18 +151,35 @@ class Measured:
     error: str | None = None
 
 
+def runs_on(variant: Variant | Helper, target_name: str) -> bool:
+    """Whether the launcher would run it there: FP8 needs the tensor cores of compute capability 8.9."""
+    fp8 = isinstance(variant, Helper) and variant.kernel == "quantize" or "fp8" in variant.name
+    return not fp8 or target_name not in ("sm_80", "gfx942")
+
+
 def tiles_of(variant: Variant | Helper, target: GPUTarget) -> block_sparse.Tiles:
     """Tile shape that the launcher would pick."""
     if isinstance(variant, Helper):
-        if variant.kernel == "tail":
-            return block_sparse.pick_tiles(64, 32, variant.head_dim, DTYPES[variant.dtype], target.arch)
-        # "means" has tiles of its own, and Triton's default of stages.
-        means = block_sparse.Tiles(segments_triton.BLOCK_S, variant.head_dim, segments_triton.WARPS, 3)
-        pick = {"assign": kmeans_triton.pick_tiles, "errors": cluster_errors_triton.pick_tiles}.get(variant.kernel)
-        return pick(variant.head_dim, DTYPES[variant.dtype], target.arch) if pick else means
+        dim, dtype = variant.head_dim, DTYPES[variant.dtype]
+        # Kernels that only stream have tiles of their own, and Triton's default of stages.
+        stream = {"means": segments_triton.BLOCK_S, "statistics": quantize_triton.BLOCK_S, "quantize": 64,
+                  "row sums": block_sparse_backward.BLOCK_R}  # fmt: skip
+        if variant.kernel in stream:
+            warps = quantize_triton.warps_for(dim) if variant.kernel in ("statistics", "quantize") else 4
+            return block_sparse.Tiles(stream[variant.kernel], dim, warps, 3)
+        if variant.kernel in ("assign", "errors"):
+            pick = kmeans_triton.pick_tiles if variant.kernel == "assign" else cluster_errors_triton.pick_tiles
+            return pick(dim, dtype, target.arch)
+        tiles = block_sparse.pick_tiles(*((64, 32) if variant.kernel == "tail" else (128, 64)), dim, dtype, target.arch)
+        return tiles._replace(stages=1) if variant.name.startswith("mass clusters fp32") else tiles
+    if variant.features in QUANTIZED:
+        return quantized_attention.pick_tiles(
+            variant.block_q, min(64, max(32, variant.block_k)), variant.head_dim, target.arch,
+            "tail" in QUANTIZED[variant.features][2],
+        )  # fmt: skip
     shape = (variant.block_q, variant.block_k, variant.head_dim, DTYPES[variant.dtype], target.arch)
     if variant.features in BACKWARD:
-        return block_sparse_backward.pick_tiles(*shape)[BACKWARD[variant.features][1]]
+        return block_sparse_backward.pick_tiles(*shape)[BACKWARD[variant.features]]
     if variant.features in LINEAR:
         return linear_attention.pick_tiles(variant.head_dim, DTYPES[variant.dtype])[LINEAR[variant.features][1]]
     return block_sparse.pick_tiles(*shape)
@@ -161,6 +193,8 @@ def source(variant: Variant | Helper, target: GPUTarget) -> ASTSource:
         return backward_source(variant, target)
     if variant.features in LINEAR:
         return linear_source(variant, target)
+    if variant.features in QUANTIZED:
+        return quantized_source(variant, target)
     dtype, dim = DTYPES[variant.dtype], variant.head_dim
     tiles = tiles_of(variant, target)
     known = {feature for features in FEATURES.values() for feature in features}
@@ -192,16 +226,17 @@ def source(variant: Variant | Helper, target: GPUTarget) -> ASTSource:
         "PRECISION": block_sparse.precision(dtype, target.backend),
         "stride_qd": 1, "stride_kd": 1, "stride_vd": 1,
     }  # fmt: skip
-    constants.update({name: None for name, kind in pointers.items() if kind is None})
     return _specialised(block_sparse._forward, pointers, constants)
 
 
 def backward_source(variant: Variant, target: GPUTarget) -> ASTSource:
-    """A kernel of the backward pass, with key lengths."""
+    """A pass of the backward kernel, with key lengths."""
+    of_keys = variant.features == "backward kv"
     dim, tiles = variant.head_dim, tiles_of(variant, target)
     element = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}[variant.dtype]
     pointers: dict[str, str | None] = {
-        **dict.fromkeys(("Q", "K", "V", "GradOut", "GradQ", "GradK", "GradV"), element),
+        **dict.fromkeys(("Q", "K", "V", "GradOut"), element),
+        **dict.fromkeys(("GradK", "GradV") if of_keys else ("GradQ",), element),
         **dict.fromkeys(("Lse", "Delta"), "*fp32"),
         **dict.fromkeys(("Counts", "Indices", "KeyLengths"), "*i32"),
     }
@@ -210,10 +245,38 @@ def backward_source(variant: Variant, target: GPUTarget) -> ASTSource:
         "D": dim, "DV": dim, "BLOCK_D": padded, "BLOCK_DV": padded,
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
         "TILES_Q": triton.cdiv(variant.block_q, tiles.block_m), "TILES_K": triton.cdiv(variant.block_k, tiles.block_n),
-        "HAS_KEY_LENGTHS": True, "PRECISION": block_sparse.precision(DTYPES[variant.dtype], target.backend),
+        "OF_KEYS": of_keys, "HAS_KEY_LENGTHS": True, "PRECISION": block_sparse.precision(DTYPES[variant.dtype], target.backend),
         "stride_qd": 1, "stride_kd": 1, "stride_vd": 1, "stride_od": 1,
     }  # fmt: skip
-    return _specialised(BACKWARD[variant.features][0], pointers, constants)
+    return _specialised(block_sparse_backward._backward, pointers, constants)
+
+
+def quantized_source(variant: Variant, target: GPUTarget) -> ASTSource:
+    """Attention with quantised products."""
+    dim, tiles = variant.head_dim, tiles_of(variant, target)
+    int8_qk, fp8_pv, has = QUANTIZED[variant.features]
+    element, padded = f"*{variant.dtype}", max(32, triton.next_power_of_2(variant.head_dim))
+    pointers: dict[str, str | None] = {
+        **dict.fromkeys(("Q", "Out", *(() if int8_qk else ("K",)), *(() if fp8_pv else ("V",))), element),
+        **({"K8": "*i8", "KScale": "*fp32", "Mean": "*fp32"} if int8_qk else {}),
+        **({"V8": "*fp8e4nv", "VScale": "*fp32"} if fp8_pv else {}),
+        **{"Lse": "*fp32", "Counts": "*i32", "Indices": "*i32", "First": "*i32"},
+        **(dict.fromkeys(("QOrder", "KOrder"), "*i64") if "order" in has else {}),
+        **(dict.fromkeys(("TileBlock", "TileStart", "QStarts", "KStarts"), "*i32") if "starts" in has else {}),
+        **({"KeyLengths": "*i32"} if "key_lengths" in has else {}),
+        **({"PooledK": element, "PooledV": element, "LogCount": "*fp32", "Kept": "*u8"} if "tail" in has else {}),
+    }
+    flags = {"HAS_Q_ORDER": "order", "HAS_K_ORDER": "order", "HAS_Q_STARTS": "starts", "HAS_K_STARTS": "starts",
+             "HAS_BLOCK_TAIL": "block_tail", "HAS_KEY_LENGTHS": "key_lengths", "HAS_TAIL": "tail"}  # fmt: skip
+    constants: dict[str, Any] = {
+        "D": dim, "DV": dim, "BLOCK_D": padded, "BLOCK_DV": padded,
+        "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
+        "TILES_Q": triton.cdiv(variant.block_q, tiles.block_m), "TILES_K": triton.cdiv(variant.block_k, tiles.block_n),
+        "BLOCK_T": quantized_attention.BLOCK_T, "INT8_QK": int8_qk, "FP8_PV": fp8_pv, "INTERPRETED": False, "PRECISION": "ieee",
+        **{flag: feature in has for flag, feature in flags.items()},
+        "stride_qd": 1, "stride_kd": 1, "stride_vd": 1,
+    }  # fmt: skip
+    return _specialised(quantized_attention._forward, pointers, constants)
 
 
 def linear_source(variant: Variant, target: GPUTarget) -> ASTSource:
@@ -239,6 +302,8 @@ def helper_source(variant: Helper, target: GPUTarget) -> ASTSource:
     """A kernel that makes or completes plans."""
     dim, tiles, element = variant.head_dim, tiles_of(variant, target), f"*{variant.dtype}"
     half = variant.dtype != "fp32"
+    layout = {"Lse": "*fp32", "Mass": "*fp32", "QOrder": "*i64", "KOrder": "*i64", "KeyLengths": "*i32"}
+    starts = {"QStarts": "*i32", "KStarts": "*i32"}
     kernel, pointers = {
         "assign": (
             kmeans_triton._assign,
@@ -267,22 +332,48 @@ def helper_source(variant: Helper, target: GPUTarget) -> ASTSource:
                 "Kept": "*u8",
             },
         ),
+        "mass": (block_mass_triton._block_mass, {**dict.fromkeys(("Q", "K"), element), **layout}),
+        "mass clusters": (block_mass_triton._block_mass, {**dict.fromkeys(("Q", "K"), element), **layout, **starts}),
+        "statistics": (
+            quantize_triton._statistics,
+            {"K": element, "V": element, "Sums": "*fp32", "Peaks": "*fp32", "KOrder": "*i64", "KeyLengths": "*i32"},
+        ),
+        "quantize": (
+            quantize_triton._quantize,
+            {
+                **{"K": element, "V": element, "K8": "*i8", "V8": "*fp8e4nv", "KOrder": "*i64"},
+                **dict.fromkeys(("Mean", "VScale", "KScale"), "*fp32"),
+                **dict.fromkeys(("Start", "Stop"), "*i32"),
+            },
+        ),
+        "row sums": (
+            block_sparse_backward._row_sums,
+            {"Out": element, "GradOut": element, "GradLse": "*fp32", "Delta": "*fp32"},
+        ),
     }[variant.kernel]
-    padded = max(16, triton.next_power_of_2(dim))
+    padded = max(32 if variant.kernel in ("statistics", "quantize") else 16, triton.next_power_of_2(dim))
     constants: dict[str, Any] = {
         "D": dim, "DV": dim, "BLOCK_D": padded, "BLOCK_DV": padded,
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_S": tiles.block_m, "BLOCK_C": tiles.block_n,
+        "BLOCK_R": tiles.block_m, "TILE": tiles.block_m, "CHUNK": quantize_triton.CHUNK, "TILES_K": 1,
+        "INT8_QK": True, "FP8_PV": True, "INTERPRETED": False, "FLAT": variant.kernel == "mass",
         "HAS_LOW": half, "OUTPUT": True,
         **dict.fromkeys(("HAS_ORDER", "HAS_STARTS", "HAS_KEY_LENGTHS", "HAS_EMPTY", "HAS_WEIGHTS"), True),
+        **dict.fromkeys(("HAS_Q_ORDER", "HAS_K_ORDER"), True),
+        **dict.fromkeys(("HAS_Q_STARTS", "HAS_K_STARTS"), variant.kernel == "mass clusters"),
         "PRECISION": block_sparse.precision(DTYPES[variant.dtype], target.backend),
-        "stride_xd": 1, "stride_kd": 1, "stride_vd": 1,
+        **dict.fromkeys((f"stride_{x}d" for x in "xkvqog"), 1),
     }  # fmt: skip
+    if variant.kernel == "mass":
+        constants["TILES_K"] = triton.cdiv(64, tiles.block_n)
     constants = {name: x for name, x in constants.items() if name in kernel.arg_names}
-    return _specialised(kernel, pointers, {**constants, **{name: None for name, x in pointers.items() if x is None}})
+    return _specialised(kernel, pointers, constants)
 
 
 def _specialised(kernel: Any, pointers: dict[str, str | None], constants: dict[str, Any]) -> ASTSource:
-    """Arguments without a kind are integers; pointers of kind None and constants are compiled in."""
+    """Names in capitals are pointers (None without a kind) or constants, others integers; constants are compiled in."""
+    absent = {name: None for name in kernel.arg_names if name[0].isupper() and name not in constants}
+    constants = {**constants, **{name: None for name in absent if pointers.get(name) is None}}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         kind = "fp32" if name in ("scale", "pv_skip", "scale_log2", "epsilon") else pointers.get(name) or "i32"
@@ -415,7 +506,7 @@ def main(
         raise typer.BadParameter(f"unknown target {', '.join(sorted(unknown))}; known: {', '.join(TARGETS)}")
     if block_sparse.why_unavailable(torch.device("cpu")) is None:
         raise typer.BadParameter("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
-    work = [(v, t) for t in target or TARGETS for v in VARIANTS if variant in v.name]
+    work = [(v, t) for t in target or TARGETS for v in VARIANTS if variant in v.name and runs_on(v, t)]
     if not work:
         raise typer.BadParameter(f"no variant contains {variant!r}; there are: {'; '.join(v.name for v in VARIANTS)}")
     with ProcessPoolExecutor(min(jobs, len(work)), mp_context=get_context("spawn")) as pool:
