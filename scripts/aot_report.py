@@ -68,6 +68,7 @@ LINEAR = {"linear keys": (linear_attention._sum_keys, 0), "linear queries": (lin
 # The same for quantised attention: keys in INT8, values in FP8, features of the plan.
 QUANTIZED: dict[str, tuple[bool, bool, tuple[str, ...]]] = {
     "int8_qk": (True, False, ()),
+    "int8_qk all": (True, False, FEATURES["all"]),
     "fp8_pv": (False, True, ()),
     "int8_qk_fp8_pv": (True, True, ()),
     "int8_qk_fp8_pv clusters": (True, True, FEATURES["clusters"]),
