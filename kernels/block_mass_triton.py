@@ -19,8 +19,10 @@ _UNSPECIALIZED = (
 
 
 @triton.jit
-def _rows(X, Order, positions, in_range, dims, stride_s, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr,
-          HAS_ORDER: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def _rows(  # type: ignore[no-untyped-def]
+    X, Order, positions, in_range, dims, stride_s, stride_d,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_ORDER: tl.constexpr,
+):  # fmt: skip
     """Rows of one head's ``[S, D]`` matrix at some positions, and their tokens; zeros outside of it."""
     tokens = positions.to(tl.int64)
     if HAS_ORDER:

@@ -38,8 +38,10 @@ def to_fp8(x, INTERPRETED: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _load(X, Order, positions, in_range, dims, stride_s, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr,
-          HAS_ORDER: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def _load(  # type: ignore[no-untyped-def]
+    X, Order, positions, in_range, dims, stride_s, stride_d,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_ORDER: tl.constexpr,
+):  # fmt: skip
     """Rows of one head's ``[S, D]`` matrix at some positions, fp32; zeros outside of it."""
     tokens = positions
     if HAS_ORDER:

@@ -246,7 +246,8 @@ def backward_source(variant: Variant, target: GPUTarget) -> ASTSource:
         "D": dim, "DV": dim, "BLOCK_D": padded, "BLOCK_DV": padded,
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
         "TILES_Q": triton.cdiv(variant.block_q, tiles.block_m), "TILES_K": triton.cdiv(variant.block_k, tiles.block_n),
-        "OF_KEYS": of_keys, "HAS_KEY_LENGTHS": True, "PRECISION": block_sparse.precision(DTYPES[variant.dtype], target.backend),
+        "OF_KEYS": of_keys, "HAS_KEY_LENGTHS": True,
+        "PRECISION": block_sparse.precision(DTYPES[variant.dtype], target.backend),
         "stride_qd": 1, "stride_kd": 1, "stride_vd": 1, "stride_od": 1,
     }  # fmt: skip
     return _specialised(block_sparse_backward._backward, pointers, constants)
@@ -273,8 +274,8 @@ def quantized_source(variant: Variant, target: GPUTarget) -> ASTSource:
         "D": dim, "DV": dim, "BLOCK_D": padded, "BLOCK_DV": padded,
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
         "TILES_Q": triton.cdiv(variant.block_q, tiles.block_m), "TILES_K": triton.cdiv(variant.block_k, tiles.block_n),
-        "BLOCK_T": quantized_attention.BLOCK_T, "INT8_QK": int8_qk, "FP8_PV": fp8_pv, "INTERPRETED": False, "PRECISION": "ieee",
-        **{flag: feature in has for flag, feature in flags.items()},
+        "BLOCK_T": quantized_attention.BLOCK_T, "INT8_QK": int8_qk, "FP8_PV": fp8_pv, "INTERPRETED": False,
+        "PRECISION": "ieee", **{flag: feature in has for flag, feature in flags.items()},
         "stride_qd": 1, "stride_kd": 1, "stride_vd": 1,
     }  # fmt: skip
     return _specialised(quantized_attention._forward, pointers, constants)
