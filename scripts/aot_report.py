@@ -516,7 +516,10 @@ def main(
     results = {(t, v.name): m for (v, t), m in zip(work, measured, strict=True)}
 
     if as_json:
-        listed = [{"target": t, "variant": name, **asdict(m)} for (t, name), m in results.items()]
+        listed = [
+            {"target": t, "variant": v.name, **tiles_of(v, TARGETS[t])._asdict(), **asdict(m)}
+            for (v, t), m in zip(work, measured, strict=True)
+        ]
         print(json.dumps({"triton": triton.__version__, "results": listed}, indent=2))
     else:
         Console(width=None if Console().is_terminal else 150).print(_table(results))

@@ -90,7 +90,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     for first in range(0, len(rows), len(kinds)):
         group = rows[first : first + len(kinds)]
         row = group[0]
-        cells = [row["input"], str(row["head_dim"]), row["plan"], f"{row['density']:.2f}", f"{row['error_of_plan']:.4f}"]
+        cells = [
+            row["input"],
+            str(row["head_dim"]),
+            row["plan"],
+            f"{row['density']:.2f}",
+            f"{row['error_of_plan']:.4f}",
+        ]
         cells += [f"{measured['error']:.4f}" for measured in group]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -112,7 +118,9 @@ def main(
     result = {"env": environment(), "tokens": GRID.tokens, "heads": HEADS, "rows": rows}
     (out / "quantization_error.json").write_text(json.dumps(result, indent=1) + "\n")
     text = table(rows)
-    head = "Relative L2 error at equal plan (`scripts/quantization_error.py`), emulated; speed: not measured on a GPU yet."
+    head = (
+        "Relative L2 error at equal plan (`scripts/quantization_error.py`), emulated; speed: not measured on a GPU yet."
+    )
     (out / "quantization_error.md").write_text(f"{head}\n\n{text}\n")
     typer.echo(text)
 
