@@ -238,7 +238,11 @@ _TILES = {
     "mfma": {64: Tiles(128, 64, 4, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 64, 8, 1)},
 }
 # With a pooled tail, what it needs stays in registers too. Pooled keys at a time, in full precision.
-_WITH_TAIL = {"mma": {128: Tiles(64, 64, 8, 2)}, "wgmma": {128: Tiles(64, 64, 4, 3)}}
+_WITH_TAIL = {
+    "mma": {128: Tiles(64, 64, 8, 2)},
+    "wgmma": {128: Tiles(64, 64, 4, 3)},
+    "mfma": {128: Tiles(64, 64, 8, 1)},
+}
 BLOCK_T = 32
 _INTERPRETER = Tiles(64, 64, 1, 1)
 
