@@ -47,8 +47,8 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, tail: Lin
     """Projected linear attention of a plan; same contract as ``kernels.reference.linear_attention``.
 
     Differentiable in q, k, v and the projection: products of tokens and ``[D, D]`` matrices both ways, for which matrix
-    libraries are at their best, so no kernel of our own stands behind the backward pass. The work is ``S * D * D`` per head, and ``Nq * Nk * D * D`` more
-    where the tail names its blocks.
+    libraries are at their best, so no kernel of our own stands behind the backward pass. The work is ``S * D * D`` per
+    head, and ``Nq * Nk * D * D`` more where the tail names its blocks.
     """
     features = q.shape[-1] * (2 if tail.feature_map == "hedgehog" else 1)
     per_head = (q.shape[1] + k.shape[1]) * (features + v.shape[-1])
