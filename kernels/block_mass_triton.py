@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
-from dsattn.kernels.block_sparse import LOG2E, _architecture, _backend, pick_tiles, precision
+from dsattn.kernels.block_sparse import LOG2E, Tiles, _architecture, _backend, pick_tiles, precision
 
 _UNSPECIALIZED = (
     "stride_qob", "stride_qoh", "stride_kob", "stride_koh", "stride_qsb", "stride_qsh", "stride_ksb", "stride_ksh",
@@ -79,16 +79,17 @@ def _block_mass(  # type: ignore[no-untyped-def]
         in_rows = q_start + items < q_end
         q, tokens = _rows(Q, QOrder, q_start + items, in_rows, dims, stride_qs, stride_qd, D, BLOCK_D, HAS_Q_ORDER)
         lse = tl.load(Lse + tokens, mask=in_rows, other=float("inf"))
-        sums = tl.zeros([BLOCK_M], tl.float32)
+        # Summed number by number, and over the tile once per block.
+        sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for t in range(k_blocks * TILES_K):
             j = t // TILES_K
             keys = j * block_k + (t % TILES_K) * BLOCK_N + columns
             in_range = keys < tl.minimum((j + 1) * block_k, readable)
             k, _ = _rows(K, KOrder, keys, in_range, dims, stride_ks, stride_kd, D, BLOCK_D, HAS_K_ORDER)
             weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None])
-            sums += tl.sum(tl.where(in_range[None, :], weights, 0.0), 1)
+            sums += tl.where(in_range[None, :], weights, 0.0)
             last = t % TILES_K == TILES_K - 1
-            tl.store(Mass + j, tl.sum(sums, 0), mask=last)
+            tl.store(Mass + j, tl.sum(tl.sum(sums, 1), 0), mask=last)
             sums = tl.where(last, 0.0, sums)
     else:
         for j in range(k_blocks):
@@ -113,12 +114,22 @@ def _block_mass(  # type: ignore[no-untyped-def]
             tl.store(Mass + j, tl.sum(sums, 0))
 
 
+def fit_tiles(tiles: Tiles, dtype: torch.dtype, flat: bool) -> Tiles:
+    """From tiles of the forward pass, which holds more; in fp32, clusters leave no registers for prefetches."""
+    return tiles._replace(stages=1) if dtype == torch.float32 and not flat else tiles
+
+
+def compiles_flat(arch: int | str) -> bool:
+    """Whether FLAT compiles: Triton 3.6 fails for Blackwell ("parent layout must have at least rank >= 2")."""
+    recent = tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 9)
+    return recent or isinstance(arch, str) or not 100 <= arch < 120
+
+
 def block_mass(q: Tensor, k: Tensor, lse: Tensor, plan: BlockPlan, *, scale: float) -> Tensor:
     """Same contract as ``kernels.block_mass.block_mass``, for float16, bfloat16 and float32; no ``lse`` is -inf."""
     if _backend() == "interpreter" and q.dtype == torch.bfloat16:  # which it multiplies as integers
         q, k = q.float(), k.float()
     batch, q_len, heads, dim = q.shape
-    # Those of the forward pass, which holds more; in fp32, the walk over clusters leaves no registers for prefetches.
     tiles = pick_tiles(plan.block_q, plan.block_k, dim, q.dtype, _architecture(q.device))
 
     def spread(x: Tensor | None) -> tuple[Tensor | None, tuple[int, int]]:
@@ -130,7 +141,8 @@ def block_mass(q: Tensor, k: Tensor, lse: Tensor, plan: BlockPlan, *, scale: flo
     layout = [spread(x) for x in (plan.q_order, plan.k_order, plan.q_starts, plan.k_starts)]
     (q_order, _), (k_order, _), (q_starts, _), (k_starts, _) = layout
     flat = q_starts is None and k_starts is None and plan.block_q <= tiles.block_m
-    stages = 1 if q.dtype == torch.float32 and not flat else tiles.stages
+    flat = flat and compiles_flat(_architecture(q.device))
+    tiles = fit_tiles(tiles, q.dtype, flat)
     mass = torch.empty(batch, heads, plan.num_q_blocks, plan.num_k_blocks, dtype=torch.float32, device=q.device)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         _block_mass[(plan.num_q_blocks, heads, batch)](
@@ -142,6 +154,6 @@ def block_mass(q: Tensor, k: Tensor, lse: Tensor, plan: BlockPlan, *, scale: flo
             FLAT=flat, HAS_Q_ORDER=q_order is not None, HAS_K_ORDER=k_order is not None,
             HAS_Q_STARTS=q_starts is not None, HAS_K_STARTS=k_starts is not None,
             HAS_KEY_LENGTHS=plan.key_lengths is not None, PRECISION=precision(q.dtype, _backend()),
-            num_warps=tiles.warps, num_stages=stages, enable_fp_fusion=True,
+            num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return mass

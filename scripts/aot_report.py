@@ -172,7 +172,9 @@ def tiles_of(variant: Variant | Helper, target: GPUTarget) -> block_sparse.Tiles
             pick = kmeans_triton.pick_tiles if variant.kernel == "assign" else cluster_errors_triton.pick_tiles
             return pick(dim, dtype, target.arch)
         tiles = block_sparse.pick_tiles(*((64, 32) if variant.kernel == "tail" else (128, 64)), dim, dtype, target.arch)
-        return tiles._replace(stages=1) if variant.name.startswith("mass clusters fp32") else tiles
+        if variant.kernel.startswith("mass"):
+            return block_mass_triton.fit_tiles(tiles, dtype, variant.kernel == "mass")
+        return tiles
     if variant.features in QUANTIZED:
         return quantized_attention.pick_tiles(
             variant.block_q, min(64, max(32, variant.block_k)), variant.head_dim, target.arch,
@@ -306,6 +308,7 @@ def helper_source(variant: Helper, target: GPUTarget) -> ASTSource:
     half = variant.dtype != "fp32"
     layout = {"Lse": "*fp32", "Mass": "*fp32", "QOrder": "*i64", "KOrder": "*i64", "KeyLengths": "*i32"}
     starts = {"QStarts": "*i32", "KStarts": "*i32"}
+    flat = block_mass_triton.compiles_flat(target.arch)
     kernel, pointers = {
         "assign": (
             kmeans_triton._assign,
@@ -358,7 +361,7 @@ def helper_source(variant: Helper, target: GPUTarget) -> ASTSource:
         "D": dim, "DV": dim, "BLOCK_D": padded, "BLOCK_DV": padded,
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_S": tiles.block_m, "BLOCK_C": tiles.block_n,
         "BLOCK_R": tiles.block_m, "TILE": tiles.block_m, "CHUNK": quantize_triton.CHUNK, "TILES_K": 1,
-        "INT8_QK": True, "FP8_PV": True, "INTERPRETED": False, "FLAT": variant.kernel == "mass",
+        "INT8_QK": True, "FP8_PV": True, "INTERPRETED": False, "FLAT": variant.kernel == "mass" and flat,
         "HAS_LOW": half, "OUTPUT": True,
         **dict.fromkeys(("HAS_ORDER", "HAS_STARTS", "HAS_KEY_LENGTHS", "HAS_EMPTY", "HAS_WEIGHTS"), True),
         **dict.fromkeys(("HAS_Q_ORDER", "HAS_K_ORDER"), True),
