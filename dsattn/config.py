@@ -17,6 +17,8 @@ from dsattn.errors import UsageError
 DEFAULT_METHOD = "semantic"
 IMPLS = ("auto", "triton", "flex", "torch", "reference")
 DENSE_BACKENDS = ("sdpa", "flex", "xformers")
+# Products of block-sparse attention that run in 8 bits: (queries and keys in INT8, weights and values in FP8).
+QUANTIZATIONS = {"int8_qk": (True, False), "fp8_pv": (False, True), "int8_qk_fp8_pv": (True, True)}
 
 T = TypeVar("T")
 
@@ -36,6 +38,8 @@ class Config:
         monitor: query rows per head on which the error of the output is estimated: at a plan's last use before its
             refresh, with ``drift`` at every use; 0 estimates nothing.
         impl: implementation of block-sparse attention, see ``dsattn.attend``.
+        quantization: 8-bit products in block-sparse attention, ``"int8_qk"``, ``"fp8_pv"`` or ``"int8_qk_fp8_pv"``, see
+            ``dsattn.attend``; None is full precision.
         dense: backend of dense attention; None runs the pipeline's own.
         strict: raise instead of falling back to dense attention.
         timing: measure planning and attention time per call (on a GPU this adds events to the stream).
@@ -53,6 +57,7 @@ class Config:
     drift: float | None = None
     monitor: int = 16
     impl: str = "auto"
+    quantization: str | None = None
     dense: str | None = None
     strict: bool = False
     timing: bool = False
@@ -74,6 +79,8 @@ class Config:
             if self.monitor == 0:
                 raise UsageError("drift needs estimated errors: monitor must be at least 1, got 0")
         require_choice("impl", self.impl, IMPLS)
+        if self.quantization is not None:
+            require_choice("quantization", self.quantization, tuple(QUANTIZATIONS))
         if self.dense is not None:
             require_choice("dense", self.dense, DENSE_BACKENDS)
         require("strict", self.strict, bool)

@@ -99,7 +99,7 @@ class Engine:
 
         # Before any work: an implementation that was named and cannot run is an error.
         judged = self.method.before is not None
-        choose_impl(q, self.config.impl, verdict=judged)
+        choose_impl(q, self.config.impl, verdict=judged, quantization=self.config.quantization)
         record = self.stats.add(call, q, decision.action, decision.reason, self.config.impl)
         rule: VerdictRule | None = None
         with timed(record, "plan_s", q.device, self.config.timing):
@@ -111,9 +111,11 @@ class Engine:
                 plan = plan.with_key_lengths(key_lengths.to(device=q.device, dtype=torch.int32))
             if self.method.before is not None:
                 plan, rule = self.method.before(plan, call, self.method_config, entry.memory)
-        record.impl, _ = choose_impl(q, self.config.impl, plan, judged)
+        record.impl, _ = choose_impl(q, self.config.impl, plan, judged, self.config.quantization)
         with timed(record, "attend_s", q.device, self.config.timing):
-            result = attend(q, k, v, plan, impl=record.impl, scale=scale, verdict=rule)
+            result = attend(
+                q, k, v, plan, impl=record.impl, scale=scale, verdict=rule, quantization=self.config.quantization
+            )
             out: Tensor = result if rule is None else result[0]
             if self.method.after is not None:
                 self.method.after(result[1], call, self.method_config, entry.memory)

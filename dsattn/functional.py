@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
-from dsattn.config import DEFAULT_METHOD, IMPLS, build, require, require_choice
+from dsattn.config import DEFAULT_METHOD, IMPLS, QUANTIZATIONS, build, require, require_choice
 from dsattn.errors import ImplUnavailableError, UsageError
 from dsattn.grid import Call
 from dsattn.methods import METHODS, Method
@@ -71,6 +71,7 @@ def attend(
     return_lse: bool = False,
     scale: float | None = None,
     verdict: VerdictRule | None = None,
+    quantization: str | None = None,
 ) -> Any:
     """Attention over the kept blocks of a plan, its tail, and its linear branch.
 
@@ -85,6 +86,11 @@ def attend(
         return_lse: also return the natural log of the softmax denominator (a linear branch is not in it).
         scale: factor on q·k; None is ``1 / sqrt(D)``.
         verdict: judge every tile that is computed by this rule; not with ``"flex"``.
+        quantization: 8-bit products, off by default. ``"int8_qk"``: queries (a scale each) and keys less their mean (a
+            scale per tile of at most 64) in INT8, from compute capability 8.0 on and on MI300. ``"fp8_pv"``: softmax
+            weights and values (a scale per channel) in e4m3, summed in fp32, from 8.9 on. ``"int8_qk_fp8_pv"``: both.
+            The tail stays in full precision. Needs ``"triton"``, float16 or bfloat16, and no gradient; ``"torch"`` and
+            ``"reference"`` emulate the arithmetic on any device, at no speed.
 
     Returns:
         ``out [B, S, H, D]`` in q's dtype, alone or at the head of a tuple: with ``return_lse`` comes
@@ -92,7 +98,8 @@ def attend(
         (see ``dsattn.verdict``), set for the tiles that were computed and needed.
 
     Raises:
-        UsageError: tensors that fit neither each other nor the plan, or a verdict that does not fit them.
+        UsageError: tensors that fit neither each other nor the plan, a verdict that does not fit them, or an unknown
+            quantization.
         ImplUnavailableError: an implementation that was named cannot run here.
 
     """
@@ -109,13 +116,16 @@ def attend(
             f"the plan's linear.weight must be [{v.shape[-1]}, {v.shape[-1]}] on {q.device} like q, k, v, got "
             f"{list(weight.shape)} on {weight.device}"
         )
-    name, _ = choose_impl(q, impl, plan, verdict is not None)
+    name, _ = choose_impl(q, impl, plan, verdict is not None, quantization)
     judge: dict[str, Any] = {}
     if verdict is not None:
         _check_verdict(verdict, q)
         words = (plan.batch, plan.heads, plan.num_q_blocks, count_words(plan.num_k_blocks))
         judge = {"rule": verdict, "needed": torch.zeros(words, dtype=torch.int32, device=q.device)}
-    out, lse = _IMPLEMENTATIONS[name](q, k, v, plan, _scale(q, scale), return_lse, **judge)
+    if quantization is None:
+        out, lse = _IMPLEMENTATIONS[name](q, k, v, plan, _scale(q, scale), return_lse, **judge)
+    else:
+        out, lse = _quantized(name, q, k, v, plan, _scale(q, scale), quantization)
     if plan.linear is not None:
         from dsattn.kernels import sparse_linear
 
@@ -124,7 +134,13 @@ def attend(
     return result if len(result) > 1 else out
 
 
-def choose_impl(q: Tensor, impl: str = "auto", plan: BlockPlan | None = None, verdict: bool = False) -> tuple[str, str]:
+def choose_impl(
+    q: Tensor,
+    impl: str = "auto",
+    plan: BlockPlan | None = None,
+    verdict: bool = False,
+    quantization: str | None = None,
+) -> tuple[str, str]:
     """Implementation that will run and why, ``(name, reason)``; without a plan, for blocks of equal size.
 
     Args:
@@ -132,6 +148,7 @@ def choose_impl(q: Tensor, impl: str = "auto", plan: BlockPlan | None = None, ve
         impl: as passed to ``attend``.
         plan: as passed to ``attend``.
         verdict: tiles are to be judged.
+        quantization: as passed to ``attend``; ``"auto"`` does not fall back to its emulation.
 
     Raises:
         UsageError: unknown name.
@@ -140,7 +157,7 @@ def choose_impl(q: Tensor, impl: str = "auto", plan: BlockPlan | None = None, ve
     """
     require_choice("impl", impl, IMPLS)
     if impl != "auto":
-        if reason := why_not(q, impl, plan, verdict):
+        if reason := why_not(q, impl, plan, verdict, quantization):
             raise ImplUnavailableError(f"impl={impl!r} cannot run: {reason}")
         return impl, "asked for"
     passed_over: list[str] = []
@@ -148,19 +165,27 @@ def choose_impl(q: Tensor, impl: str = "auto", plan: BlockPlan | None = None, ve
     clusters = plan is not None and (plan.q_starts is not None or plan.k_starts is not None)
     if clusters and f"{kind} clusters" in AUTO:
         kind = f"{kind} clusters"
-    for name in AUTO.get(kind, ("torch",)):
-        reason = why_not(q, name, plan, verdict)
+    for name in ("triton",) if quantization else AUTO.get(kind, ("torch",)):
+        reason = why_not(q, name, plan, verdict, quantization)
         if reason is None:
             return name, "; ".join(passed_over) or f"best for {kind}"
         passed_over.append(f"{name}: {reason}")
     raise ImplUnavailableError(f"no implementation runs on {q.device}: {'; '.join(passed_over)}")
 
 
-def why_not(q: Tensor, impl: str, plan: BlockPlan | None = None, verdict: bool = False) -> str | None:
+def why_not(
+    q: Tensor,
+    impl: str,
+    plan: BlockPlan | None = None,
+    verdict: bool = False,
+    quantization: str | None = None,
+) -> str | None:
     """Reason why an implementation cannot run on a tensor like q (and judge tiles), or None.
 
     Without a plan, for the plainest one.
     """
+    if quantization is not None:
+        return _why_not_quantized(q, impl, verdict, quantization)
     if impl in ("torch", "reference"):
         return None
     if impl == "flex" and verdict:
@@ -186,6 +211,23 @@ def why_not(q: Tensor, impl: str, plan: BlockPlan | None = None, verdict: bool =
     except ImportError as error:
         return f"the triton package cannot be imported ({error}); pip install triton, or use impl='torch'"
     return launch.why_unavailable(q.device)
+
+
+def _why_not_quantized(q: Tensor, impl: str, verdict: bool, quantization: str) -> str | None:
+    require_choice("quantization", quantization, tuple(QUANTIZATIONS))
+    if verdict:
+        return f"quantization={quantization!r} gives no verdicts on tiles; use quantization=None with this method"
+    if impl in ("torch", "reference"):
+        return None
+    if impl == "flex":
+        return f"flex has no quantization={quantization!r}; use impl='triton'"
+    try:
+        from dsattn.kernels import quantized_attention
+    except ImportError as error:
+        return f"the triton package cannot be imported ({error}); pip install triton, or use quantization=None"
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"quantization={quantization!r} takes float16 or bfloat16, got {q.dtype}"
+    return quantized_attention.why_unavailable(q.device, *QUANTIZATIONS[quantization])
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -229,6 +271,25 @@ def _triton(
     if autograd.needed(q, k, v) and not verdict:
         return autograd.block_sparse_attention(q, k, v, plan, scale=scale, impl="triton")
     return block_sparse.block_sparse_attention(q, k, v, plan, scale=scale, **verdict)
+
+
+def _quantized(
+    impl: str, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float, quantization: str
+) -> tuple[Tensor, Tensor]:
+    from dsattn.kernels import autograd
+
+    if autograd.needed(q, k, v):
+        raise ImplUnavailableError(
+            f"quantization={quantization!r} has no backward pass; use quantization=None or torch.no_grad()"
+        )
+    int8_qk, fp8_pv = QUANTIZATIONS[quantization]
+    if impl == "triton":
+        from dsattn.kernels import quantized_attention
+
+        return quantized_attention.block_sparse_attention(q, k, v, plan, scale=scale, int8_qk=int8_qk, fp8_pv=fp8_pv)
+    from dsattn.kernels import quantized_reference
+
+    return quantized_reference.block_sparse_attention(q, k, v, plan, scale=scale, int8_qk=int8_qk, fp8_pv=fp8_pv)
 
 
 def _flex(

@@ -64,14 +64,15 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        delta = (d_out.to(lse.dtype) * out).sum(-1).transpose(1, 2) - d_lse
         # A row that read nothing has lse = -inf: exp(S - inf) gives zero weights instead of NaN.
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         if ctx.impl == "triton":
             from dsattn.kernels import block_sparse_backward
 
+            delta = block_sparse_backward.row_sums(out, d_out, d_lse)
             grads = block_sparse_backward.gradients(q, k, v, lse, delta, d_out, ctx.plan, scale=ctx.scale)
         else:
+            delta = (d_out.to(lse.dtype) * out).sum(-1).transpose(1, 2) - d_lse
             grads = gradients(q, k, v, lse, delta, d_out, ctx.plan, scale=ctx.scale)
         return *grads, None, None, None
 

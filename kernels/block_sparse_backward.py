@@ -1,8 +1,8 @@
 """Backward pass of block-sparse attention on the GPU, for plans of equal blocks without token order and tail.
 
-Two kernels, both without atomics: dQ walks the key blocks of a query block as the forward pass does; dK and dV walk
-the query blocks that read a key block (``BlockPlan.key_lists``). Weights are made anew from the log-sum-exp.
-Formulas: see ``kernels.autograd``.
+Two passes of one kernel, both without atomics: dQ walks the key blocks of a query block as the forward pass does; dK
+and dV walk the query blocks that read a key block (``BlockPlan.key_lists``). Weights are made anew from the
+log-sum-exp. Half precision is multiplied as such and accumulated in fp32. Formulas: see ``kernels.autograd``.
 """
 
 from __future__ import annotations
@@ -44,61 +44,8 @@ def _store(X, values, positions, in_range, dims, stride_s, D: tl.constexpr, BLOC
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
-def _backward_q(  # type: ignore[no-untyped-def]
-    Q, K, V, GradOut, Lse, Delta, GradQ, Counts, Indices, KeyLengths,
-    stride_qb, stride_qs, stride_qh, stride_qd,
-    stride_kb, stride_ks, stride_kh, stride_kd,
-    stride_vb, stride_vs, stride_vh, stride_vd,
-    stride_ob, stride_os, stride_oh, stride_od,
-    stride_gb, stride_gs, stride_gh,
-    stride_cb, stride_ch, stride_ib, stride_ih, stride_ii,
-    q_len, k_len, heads, block_q, block_k, scale, scale_log2,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_Q: tl.constexpr, TILES_K: tl.constexpr,
-    HAS_KEY_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Grid ``(query tiles, heads, batch)``. Lse in base 2."""
-    h = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
-    block = tl.program_id(0) // TILES_Q
-    start = block * block_q + (tl.program_id(0) % TILES_Q) * BLOCK_M
-    end = tl.minimum((block + 1) * block_q, q_len)
-    if start >= end:
-        return
-    rows = start + tl.arange(0, BLOCK_M)
-    in_block = rows < end
-    dims = tl.arange(0, BLOCK_D)
-    dims_v = tl.arange(0, BLOCK_DV)
-    q = _tile(Q + b * stride_qb + h * stride_qh, rows, in_block, dims, stride_qs, stride_qd, D, BLOCK_D)
-    do = _tile(GradOut + b * stride_ob + h * stride_oh, rows, in_block, dims_v, stride_os, stride_od, DV, BLOCK_DV)
-    per_row = (b * heads + h) * q_len + rows
-    lse = tl.load(Lse + per_row, mask=in_block, other=float("inf"))
-    delta = tl.load(Delta + per_row, mask=in_block, other=0.0)
-    K += b * stride_kb + h * stride_kh
-    V += b * stride_vb + h * stride_vh
-    Indices += b * stride_ib + h * stride_ih + block.to(tl.int64) * stride_ii
-    count = tl.load(Counts + b * stride_cb + h * stride_ch + block)
-    readable = k_len
-    if HAS_KEY_LENGTHS:
-        readable = tl.minimum(tl.load(KeyLengths + b), k_len)
-    columns = tl.arange(0, BLOCK_N)
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for t in range(count * TILES_K):
-        j = tl.load(Indices + t // TILES_K).to(tl.int32)
-        keys = j * block_k + (t % TILES_K) * BLOCK_N + columns
-        in_range = keys < tl.minimum((j + 1) * block_k, readable)
-        k = _tile(K, keys, in_range, dims, stride_ks, stride_kd, D, BLOCK_D)
-        v = _tile(V, keys, in_range, dims_v, stride_vs, stride_vd, DV, BLOCK_DV)
-        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        ds = tl.where(in_range[None, :], p * (dp - delta[:, None]), 0.0)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    _store(GradQ + b * stride_gb + h * stride_gh, dq * scale, rows, in_block, dims, stride_gs, D, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
-def _backward_kv(  # type: ignore[no-untyped-def]
-    Q, K, V, GradOut, Lse, Delta, GradK, GradV, Counts, Indices, KeyLengths,
+def _backward(  # type: ignore[no-untyped-def]
+    Q, K, V, GradOut, Lse, Delta, GradQ, GradK, GradV, Counts, Indices, KeyLengths,
     stride_qb, stride_qs, stride_qh, stride_qd,
     stride_kb, stride_ks, stride_kh, stride_kd,
     stride_vb, stride_vs, stride_vh, stride_vd,
@@ -109,52 +56,108 @@ def _backward_kv(  # type: ignore[no-untyped-def]
     q_len, k_len, heads, block_q, block_k, scale, scale_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES_Q: tl.constexpr, TILES_K: tl.constexpr,
-    HAS_KEY_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
+    OF_KEYS: tl.constexpr, HAS_KEY_LENGTHS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid ``(key tiles, heads, batch)``; the lists go from key blocks to query blocks. Lse in base 2."""
+    """Grid ``(tiles, heads, batch)`` of queries (GradQ), or OF_KEYS of keys (GradK, GradV). Lse in base 2.
+
+    The lists go from the side that owns the tiles to the other one; strides g and w belong to the gradients written.
+    Cost per kept tile of M queries and N keys: 3 products of ``2 M N D`` FLOPs for GradQ, 4 for GradK and GradV.
+    """
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
-    block = tl.program_id(0) // TILES_K
-    start = block * block_k + (tl.program_id(0) % TILES_K) * BLOCK_N
-    end = tl.minimum((block + 1) * block_k, k_len)
-    if start >= end:
-        return
-    readable = end
-    if HAS_KEY_LENGTHS:
-        readable = tl.minimum(tl.load(KeyLengths + b), end)
-    keys = start + tl.arange(0, BLOCK_N)
-    in_range = keys < readable
     dims = tl.arange(0, BLOCK_D)
     dims_v = tl.arange(0, BLOCK_DV)
-    k = _tile(K + b * stride_kb + h * stride_kh, keys, in_range, dims, stride_ks, stride_kd, D, BLOCK_D)
-    v = _tile(V + b * stride_vb + h * stride_vh, keys, in_range, dims_v, stride_vs, stride_vd, DV, BLOCK_DV)
     Q += b * stride_qb + h * stride_qh
+    K += b * stride_kb + h * stride_kh
+    V += b * stride_vb + h * stride_vh
     GradOut += b * stride_ob + h * stride_oh
     Lse += (b * heads + h) * q_len
     Delta += (b * heads + h) * q_len
+    readable = k_len
+    if HAS_KEY_LENGTHS:
+        readable = tl.minimum(tl.load(KeyLengths + b), k_len)
+    OWN_TILES: tl.constexpr = TILES_K if OF_KEYS else TILES_Q
+    block = tl.program_id(0) // OWN_TILES
+    part = tl.program_id(0) % OWN_TILES
     Indices += b * stride_ib + h * stride_ih + block.to(tl.int64) * stride_ii
-    count = tl.load(Counts + b * stride_cb + h * stride_ch + block)
-    queries = tl.arange(0, BLOCK_M)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for t in range(count * TILES_Q):
-        i = tl.load(Indices + t // TILES_Q).to(tl.int32)
-        rows = i * block_q + (t % TILES_Q) * BLOCK_M + queries
-        in_block = rows < tl.minimum((i + 1) * block_q, q_len)
+    Counts += b * stride_cb + h * stride_ch + block
+
+    if OF_KEYS:
+        keys = block * block_k + part * BLOCK_N + tl.arange(0, BLOCK_N)
+        end = tl.minimum((block + 1) * block_k, k_len)
+        if block * block_k + part * BLOCK_N >= end:
+            return
+        in_range = keys < tl.minimum(end, readable)
+        k = _tile(K, keys, in_range, dims, stride_ks, stride_kd, D, BLOCK_D)
+        v = _tile(V, keys, in_range, dims_v, stride_vs, stride_vd, DV, BLOCK_DV)
+        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+        for t in range(tl.load(Counts) * TILES_Q):
+            i = tl.load(Indices + t // TILES_Q).to(tl.int32)
+            rows = i * block_q + (t % TILES_Q) * BLOCK_M + tl.arange(0, BLOCK_M)
+            in_block = rows < tl.minimum((i + 1) * block_q, q_len)
+            q = _tile(Q, rows, in_block, dims, stride_qs, stride_qd, D, BLOCK_D)
+            do = _tile(GradOut, rows, in_block, dims_v, stride_os, stride_od, DV, BLOCK_DV)
+            # Rows outside of the block have weight exp2(-inf) = 0; so have keys that may not be read, by the mask.
+            lse = tl.load(Lse + rows, mask=in_block, other=float("inf"))
+            delta = tl.load(Delta + rows, mask=in_block, other=0.0)
+            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :])
+            p = tl.where(in_range[:, None], p, 0.0)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        in_block = keys < end
+        _store(GradK + b * stride_gb + h * stride_gh, dk * scale, keys, in_block, dims, stride_gs, D, BLOCK_D)
+        _store(GradV + b * stride_wb + h * stride_wh, dv, keys, in_block, dims_v, stride_ws, DV, BLOCK_DV)
+    else:
+        rows = block * block_q + part * BLOCK_M + tl.arange(0, BLOCK_M)
+        end = tl.minimum((block + 1) * block_q, q_len)
+        if block * block_q + part * BLOCK_M >= end:
+            return
+        in_block = rows < end
         q = _tile(Q, rows, in_block, dims, stride_qs, stride_qd, D, BLOCK_D)
         do = _tile(GradOut, rows, in_block, dims_v, stride_os, stride_od, DV, BLOCK_DV)
-        # Rows outside of the block have weight exp2(-inf) = 0; so have keys that may not be read, by the mask.
         lse = tl.load(Lse + rows, mask=in_block, other=float("inf"))
         delta = tl.load(Delta + rows, mask=in_block, other=0.0)
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :])
-        p = tl.where(in_range[:, None], p, 0.0)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    in_block = keys < end
-    _store(GradK + b * stride_gb + h * stride_gh, dk * scale, keys, in_block, dims, stride_gs, D, BLOCK_D)
-    _store(GradV + b * stride_wb + h * stride_wh, dv, keys, in_block, dims_v, stride_ws, DV, BLOCK_DV)
+        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for t in range(tl.load(Counts) * TILES_K):
+            j = tl.load(Indices + t // TILES_K).to(tl.int32)
+            keys = j * block_k + (t % TILES_K) * BLOCK_N + tl.arange(0, BLOCK_N)
+            in_range = keys < tl.minimum((j + 1) * block_k, readable)
+            k = _tile(K, keys, in_range, dims, stride_ks, stride_kd, D, BLOCK_D)
+            v = _tile(V, keys, in_range, dims_v, stride_vs, stride_vd, DV, BLOCK_DV)
+            p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None])
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            ds = tl.where(in_range[None, :], p * (dp - delta[:, None]), 0.0)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        _store(GradQ + b * stride_gb + h * stride_gh, dq * scale, rows, in_block, dims, stride_gs, D, BLOCK_D)
+
+
+# Rows of one program of `_row_sums`, and its warps.
+BLOCK_R, WARPS = 32, 4
+
+
+@triton.jit(do_not_specialize=("length", "heads"))
+def _row_sums(  # type: ignore[no-untyped-def]
+    Out, GradOut, GradLse, Delta,
+    stride_ob, stride_os, stride_oh, stride_od,
+    stride_gb, stride_gs, stride_gh, stride_gd,
+    stride_lb, stride_lh, stride_ls,
+    length, heads,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Grid ``(row tiles, heads, batch)``. Cost: reads ``2 B H S Dv`` elements, writes ``4 B H S`` bytes."""
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    exists = rows < length
+    dims = tl.arange(0, BLOCK_DV)
+    out = _tile(Out + b * stride_ob + h * stride_oh, rows, exists, dims, stride_os, stride_od, DV, BLOCK_DV)
+    grad = _tile(GradOut + b * stride_gb + h * stride_gh, rows, exists, dims, stride_gs, stride_gd, DV, BLOCK_DV)
+    pointers = GradLse + b * stride_lb + h * stride_lh + rows.to(tl.int64) * stride_ls
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1) - tl.load(pointers, mask=exists, other=0.0)
+    tl.store(Delta + (b * heads + h) * length + rows, delta, mask=exists)
 
 
 # Tiles without spills by kind of matrix unit and padded head_dim, for (dQ, dK and dV); scripts/aot_report.py shows
@@ -199,6 +202,26 @@ def pick_tiles(block_q: int, block_k: int, head_dim: int, dtype: torch.dtype, ar
     return fit(pair[0]), fit(pair[1])
 
 
+def row_sums(out: Tensor, d_out: Tensor, d_lse: Tensor) -> Tensor:
+    """Delta of ``kernels.autograd`` in one pass: ``rowsum(d_out * out) - d_lse``, ``[B, H, Sq]`` fp32.
+
+    Args:
+        out, d_out: ``[B, Sq, H, Dv]``, any strides.
+        d_lse: ``[B, H, Sq]`` fp32, any strides.
+
+    """
+    batch, length, heads, dim_v = out.shape
+    if backend() == "interpreter":  # which reads bfloat16 as integers
+        out, d_out = out.float(), d_out.float()
+    delta = torch.empty(batch, heads, length, dtype=torch.float32, device=out.device)
+    with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
+        _row_sums[(triton.cdiv(length, BLOCK_R), heads, batch)](
+            out, d_out, d_lse, delta, *out.stride(), *d_out.stride(), *d_lse.stride(), length, heads,
+            DV=dim_v, BLOCK_DV=max(16, triton.next_power_of_2(dim_v)), BLOCK_R=BLOCK_R, num_warps=WARPS,
+        )  # fmt: skip
+    return delta
+
+
 def gradients(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, d_out: Tensor, plan: BlockPlan, *, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,34 +237,27 @@ def gradients(
     d_out = d_out.to(q.dtype)
     lse, delta = (lse * LOG2E).contiguous(), delta.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    tiles_q, tiles_kv = pick_tiles(plan.block_q, plan.block_k, max(dim, dim_v), q.dtype, architecture(q.device))
-
-    def lists(counts: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        counts, indices = counts.contiguous(), indices.contiguous()
-        return counts.expand(batch, heads, -1), indices.expand(batch, heads, -1, -1)
-
-    def shape(tiles: Tiles) -> dict[str, object]:
-        return {
-            "D": dim, "DV": dim_v,
-            "BLOCK_D": max(16, triton.next_power_of_2(dim)), "BLOCK_DV": max(16, triton.next_power_of_2(dim_v)),
-            "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n,
-            "TILES_Q": triton.cdiv(plan.block_q, tiles.block_m), "TILES_K": triton.cdiv(plan.block_k, tiles.block_n),
-            "HAS_KEY_LENGTHS": plan.key_lengths is not None, "PRECISION": precision(q.dtype, backend()),
-            "num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True,
-        }  # fmt: skip
-
     inputs = (q, k, v, d_out, lse, delta)
     strides = tuple(stride for x in inputs[:4] for stride in x.stride())
     sizes = (q_len, k_len, heads, plan.block_q, plan.block_k, scale, scale * LOG2E)
+
+    def run(of_keys: bool, lists: tuple[Tensor, Tensor], tiles: Tiles, *grads: Tensor | None) -> None:
+        counts, indices = (x.contiguous().expand(batch, heads, *x.shape[2:]) for x in lists)
+        tiles_q, tiles_k = triton.cdiv(plan.block_q, tiles.block_m), triton.cdiv(plan.block_k, tiles.block_n)
+        written = [x for x in grads if x is not None]
+        programs = plan.num_k_blocks * tiles_k if of_keys else plan.num_q_blocks * tiles_q
+        _backward[(programs, heads, batch)](
+            *inputs, *grads, counts, indices, plan.key_lengths, *strides,
+            *written[0].stride()[:3], *written[-1].stride()[:3], *counts.stride()[:2], *indices.stride()[:3], *sizes,
+            D=dim, DV=dim_v,
+            BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_DV=max(16, triton.next_power_of_2(dim_v)),
+            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, TILES_Q=tiles_q, TILES_K=tiles_k,
+            OF_KEYS=of_keys, HAS_KEY_LENGTHS=plan.key_lengths is not None, PRECISION=precision(q.dtype, backend()),
+            num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    for_q, for_kv = pick_tiles(plan.block_q, plan.block_k, max(dim, dim_v), q.dtype, architecture(q.device))
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        counts, indices = lists(plan.counts, plan.indices)
-        _backward_q[(plan.num_q_blocks * triton.cdiv(plan.block_q, tiles_q.block_m), heads, batch)](
-            *inputs, dq, counts, indices, plan.key_lengths, *strides, *dq.stride()[:3],
-            *counts.stride()[:2], *indices.stride()[:3], *sizes, **shape(tiles_q),
-        )  # fmt: skip
-        counts, indices = lists(*plan.key_lists)
-        _backward_kv[(plan.num_k_blocks * triton.cdiv(plan.block_k, tiles_kv.block_n), heads, batch)](
-            *inputs, dk, dv, counts, indices, plan.key_lengths, *strides, *dk.stride()[:3], *dv.stride()[:3],
-            *counts.stride()[:2], *indices.stride()[:3], *sizes, **shape(tiles_kv),
-        )  # fmt: skip
+        run(False, (plan.counts, plan.indices), for_q, dq, None, None)
+        run(True, plan.key_lists, for_kv, None, dk, dv)
     return dq.to(dtypes[0]), dk.to(dtypes[1]), dv.to(dtypes[2])

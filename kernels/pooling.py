@@ -54,6 +54,10 @@ def pool_blocks(k: Tensor, v: Tensor, plan: BlockPlan) -> tuple[Tensor, Tensor, 
 
 def pool_queries(q: Tensor, plan: BlockPlan) -> Tensor:
     """Mean query of every query block, 0 for an empty one: ``[B, Sq, H, D]`` to ``[B, H, Nq, D]`` fp32 (fp64)."""
+    if runs_triton(q):
+        from dsattn.kernels.segments_triton import segment_means
+
+        return segment_means(q, plan.num_q_blocks, block=plan.block_q, order=plan.q_order, starts=plan.q_starts)
     # The blocks of the queries in place of those of the keys: nothing else of this plan is read.
     as_keys = replace(
         plan,

@@ -8,9 +8,12 @@ left.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from dsattn.block_plan import BlockPlan, LinearTail
 from dsattn.kernels import autograd, reference
@@ -43,8 +46,9 @@ def add_linear(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, ta
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, tail: LinearTail) -> Tensor:
     """Projected linear attention of a plan; same contract as ``kernels.reference.linear_attention``.
 
-    Differentiable in q, k, v and the projection. The work is ``S * D * D`` per head, and ``Nq * Nk * D * D`` more
-    where the tail names its blocks.
+    Differentiable in q, k, v and the projection: products of tokens and ``[D, D]`` matrices both ways, for which matrix
+    libraries are at their best, so no kernel of our own stands behind the backward pass. The work is ``S * D * D`` per
+    head, and ``Nq * Nk * D * D`` more where the tail names its blocks.
     """
     features = q.shape[-1] * (2 if tail.feature_map == "hedgehog" else 1)
     per_head = (q.shape[1] + k.shape[1]) * (features + v.shape[-1])
@@ -57,7 +61,10 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, tail: Lin
         blocks = tail.blocks
         if blocks is not None and blocks.shape[1] > 1:
             blocks = blocks[:, heads]
-        parts.append(_some_heads(q[:, :, heads], k[:, :, heads], v[:, :, heads], plan, tail, blocks))
+        call = partial(_some_heads, q[:, :, heads], k[:, :, heads], v[:, :, heads], plan, tail, blocks)
+        # Features and sums are cheap to make anew, and in fp32 several times as large as q, k and v.
+        recorded = autograd.needed(q, k, v, tail.weight, tail.bias)
+        parts.append(checkpoint(call, use_reentrant=False, preserve_rng_state=False) if recorded else call())
     return torch.cat(parts, 2)
 
 

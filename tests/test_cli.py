@@ -86,6 +86,12 @@ def test_default_schedule(capsys):
     assert config["method"] == DEFAULTS["method"] and config["dense_steps"] == DEFAULTS["dense_steps"]
 
 
+def test_quantization_is_emulated_where_the_implementation_is_named(capsys):
+    assert run(["generate", *SMALL, *SPARSE, "--quantization", "int8_qk_fp8_pv", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["config"]["quantization"] == "int8_qk_fp8_pv" and found["impls"]["torch"] > 0
+
+
 def test_compare(tmp_path, capsys):
     command = ["compare", PROMPT, *SMALL, *SPARSE, "--dense-steps", "1", "--out", "r", "--min-psnr", "90", "--html"]
     assert run(command) == QUALITY
@@ -266,6 +272,7 @@ BAD = [
     (["generate", PROMPT, "-O", "density=2"], ["density", "[0, 1]", "2"]),
     (["generate", PROMPT, "-O", "density=0:0.3,1:x"], ["density", "'0:0.3,0.5:0.1'", "'0:0.3,1:x'", "'x'"]),
     (["generate", PROMPT, "--impl", "cuda"], ["impl", "triton, flex, torch", "cuda"]),
+    (["generate", PROMPT, "--quantization", "int4"], ["quantization", "int8_qk, fp8_pv", "int4"]),
     (["generate", PROMPT, "--frames", "-4"], ["--frames must be at least 1", "-4"]),
     (["generate", PROMPT, "--dense-steps", "lots"], ["dense_steps", "'lots'"]),
     (["generate", PROMPT, "--dense-layers", "a-b"], ["dense_layers", "a-b"]),

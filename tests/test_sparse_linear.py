@@ -16,6 +16,7 @@ from dsattn.methods.estimate import RowSample, relative_error, sample_rows
 from dsattn.methods.projections import Projections
 from dsattn.methods.sparse_linear import SparseLinearConfig, classify
 
+from . import plans, test_block_sparse_backward
 from .method_inputs import GRIDS, dense, tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -339,6 +340,56 @@ def test_gradients_against_the_oracle(scope, impl):
         # fp32 sums of up to 105 * 32 terms of both signs.
         error = float((got.cpu().double() - expected).abs().max())
         assert error <= 2.0**-24 * 64 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_gradients(dtype, scope, impl):
+    """The softmax's own budget, and two roundings each of what the linear branch adds and of their sum."""
+    grid = VideoGrid(3, 5, 7)
+    leaves = [x.to(dtype) for x in (*tensors(grid, batch=2), *projection(32))]
+    critical, marginal = classify(
+        *leaves[:2], Call(0, 0, grid), SparseLinearConfig(critical=0.4, block_q=32, block_k=16)
+    )
+    blocks = {"global": None, "complement": ~critical, "marginal": marginal}[scope]
+    options = {"batch": 2, "heads": 2, "block_q": 32, "block_k": 16}
+    target = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(5)).to(dtype)
+    plain = BlockPlan.from_mask(critical, 105, 105, **options)
+    exact, linear = (BlockPlan.from_mask(x, 105, 105, **options).to_dense() for x in (critical, marginal))
+    double = [x.double().requires_grad_() for x in leaves]
+    result = oracle(*double[:3], exact, linear_pairs(scope, exact, linear), *double[3:], "softmax")
+    want = torch.autograd.grad((result * target.double()).sum(), double)
+    case = plans.Case("", *leaves[:3], plain, 32**-0.5)
+    softmax, budget = test_block_sparse_backward.oracle(case, target, torch.zeros(2, 2, 105))
+    zeros = [torch.zeros_like(x) for x in want[3:]]
+
+    device = DEVICE if impl == "triton" else "cpu"
+    own = [x.to(device).requires_grad_() for x in leaves]
+    tail = LinearTail(*own[3:], "softmax", None if blocks is None else blocks.to(device))
+    made = BlockPlan.from_mask(critical.to(device), 105, 105, **options, linear=tail)
+    out = dsattn.attend(*own[:3], made, impl=impl)
+    got = torch.autograd.grad(out, own, target.to(device))
+    unit = torch.finfo(dtype).eps / 2
+    everything = zip(got, want, [*softmax, *zeros], [*budget, *zeros], strict=True)
+    for name, (found, expected, of_softmax, allowed) in zip(("q", "k", "v", "weight", "bias"), everything, strict=True):
+        assert found.dtype == dtype
+        added = (expected - of_softmax).abs()
+        allowed = allowed + 2 * unit * (added + expected.abs()) + 2.0**-24 * 64 * max(1.0, float(expected.abs().max()))
+        excess = float(((found.cpu().double() - expected).abs() - allowed).max())
+        assert excess <= 0, f"gradient of {name} exceeds its budget by {excess:.3g}"
+
+
+def test_linear_branch_keeps_only_its_inputs_for_the_backward_pass():
+    """Features and sums are made anew: a training step holds no fp32 copies of q, k and v."""
+    plan = BlockPlan.dense(1, 2, 64, 64, block_q=32, block_k=32)
+    q, k, v = (torch.randn(1, 64, 2, 32, dtype=torch.float16).requires_grad_() for _ in range(3))
+    tail = LinearTail(*projection(32))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        kernels.linear_attention(q, k, v, plan, tail).sum().backward()
+    assert not any(x.dtype == torch.float32 and x.numel() >= q.numel() for x in kept)
+    assert all(x.grad.isfinite().all() and x.grad.any() for x in (q, k, v))
 
 
 def test_training_the_projection_lowers_the_error():

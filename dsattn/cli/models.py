@@ -42,7 +42,8 @@ def prepare(request: Request) -> tuple[Request, Loaded]:
     name = request.params["dtype"] or ("bfloat16" if device.type == "cuda" else "float32")
     if name not in DTYPES:
         raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}; got {name!r}")
-    choose_impl(torch.empty(1, 64, 1, 64, dtype=DTYPES[name], device=device), request.config.impl)
+    example = torch.empty(1, 64, 1, 64, dtype=DTYPES[name], device=device)
+    choose_impl(example, request.config.impl, quantization=request.config.quantization)
     note_unknown_words(model, request.job.prompt)
     loaded = load(model, name, device)
     check_size(loaded.pipe, request.job)

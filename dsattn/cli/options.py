@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from dsattn.cli.defaults import DEFAULTS
-from dsattn.config import Config, load_config
+from dsattn.config import QUANTIZATIONS, Config, load_config
 from dsattn.engine import Engine
 from dsattn.errors import UsageError
 from dsattn.measure import Job
@@ -44,6 +44,9 @@ DenseSteps = Annotated[str | None, typer.Option(help="First steps that stay dens
 DenseLayers = Annotated[str | None, typer.Option(help="Layers that stay dense, such as 0-1,29.")]
 Refresh = Annotated[int | None, typer.Option(help="Make a new plan every so many sparse steps.")]
 Impl = Annotated[str | None, typer.Option(help="auto, triton, flex, torch or reference.")]
+Quantization = Annotated[
+    str | None, typer.Option(help=f"8-bit products on a GPU: {', '.join(QUANTIZATIONS)}; none by default.")
+]
 Strict = Annotated[bool, typer.Option("--strict", help="Fail (exit code 3) instead of falling back to dense.")]
 Fps = Annotated[float, typer.Option(help="Frames per second of the file.")]
 Preset = Annotated[
@@ -74,11 +77,12 @@ _SHARED: tuple[tuple[str, Any, Any], ...] = (
     ("dense_layers", DenseLayers, None),
     ("refresh", Refresh, None),
     ("impl", Impl, None),
+    ("quantization", Quantization, None),
     ("strict", Strict, False),
     ("json", Json, False),
     ("quiet", Quiet, False),
 )
-_ENGINE = ("method", "dense_steps", "dense_layers", "refresh", "impl")
+_ENGINE = ("method", "dense_steps", "dense_layers", "refresh", "impl", "quantization")
 
 
 def with_shared(command: Callable[..., None]) -> Callable[..., None]:
