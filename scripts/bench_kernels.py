@@ -158,8 +158,8 @@ def markdown(report: dict[str, Any]) -> str:
         head = ("attention", "density", "ms", "of dense", "TFLOP/s", "error", "JIT s", "runs")
         cells = [
             (r["name"], f"{r['density']:.3f}", ms(r["median_s"]), f"{r['of_dense']:.3f}" if "of_dense" in r else "–",
-             f"{r['flop_per_s'] / 1e12:.3g}" if "flop_per_s" in r else "–", f"{r['error']:.1e}" if "error" in r else "–",
-             f"{r['warmup_s']:.1f}", str(r["runs"]))
+             f"{r['flop_per_s'] / 1e12:.3g}" if "flop_per_s" in r else "–",
+             f"{r['error']:.1e}" if "error" in r else "–", f"{r['warmup_s']:.1f}", str(r["runs"]))
             for r in here if r["group"] != "parts"
         ]  # fmt: skip
         lines += [table(head, cells)]
@@ -176,8 +176,10 @@ def markdown(report: dict[str, Any]) -> str:
     ]  # fmt: skip
     note = "" if report["machine"]["device"] == "cuda" else "They are set for GPUs.\n"
     lines += ["## Targets\n", note, table(("target", "value", "limit", "met"), cells)] if cells else []
-    missing = [r for r in report["rows"] if r["status"] != "ok"]
-    cells = [(f"{r['shape']}: {r['name']}", r["status"], r["reason"]) for r in missing]
+    missing: dict[tuple[str, str], list[str]] = {}
+    for r in (r for r in report["rows"] if r["status"] != "ok"):
+        missing.setdefault((r["status"], r["reason"]), []).append(f"{r['shape']} {r['name']}")
+    cells = [(", ".join(names), *why) for why, names in missing.items()]
     lines += ["## Not timed\n", table(("what", "status", "reason"), cells)] if cells else []
     return "\n".join(lines)
 

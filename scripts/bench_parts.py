@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import bench_cases as cases
-import torch
 from bench_timing import Entry
 from torch import Tensor
 
