@@ -38,7 +38,7 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("tiny", VideoGrid(13, 12, 12, text=12), 2, 64),
+        Shape("tiny", VideoGrid(13, 8, 10, text=12), 2, 64),
         Shape("wan-480p", VideoGrid(21, 30, 52), 12, 128),
         Shape("wan-720p", VideoGrid(21, 45, 80), 40, 128),
         Shape("hunyuan-720p", VideoGrid(33, 45, 80, text=256), 24, 128),
