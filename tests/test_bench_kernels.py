@@ -83,10 +83,8 @@ def test_flashinfer_gets_sizes_and_permuted_tensors(qkv, monkeypatch):
         def __init__(self, workspace):
             assert workspace.dtype == torch.uint8
 
-        def plan(
-            self, *, block_mask_map, block_row_sz, block_col_sz, num_qo_heads, num_kv_heads, head_dim, q_data_type
-        ):
-            seen.update(heads=(num_qo_heads, num_kv_heads), dim=head_dim, dtype=q_data_type)
+        def plan(self, *, block_mask_map, block_row_sz, block_col_sz, **options):
+            seen.update(options)
             self.mask = torch.stack(
                 [
                     mask.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
