@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
 from dsattn.errors import ImplUnavailableError
-from dsattn.kernels import block_sparse_tma
+from dsattn.kernels import block_sparse_tma, tuned_tiles
 from dsattn.kernels.block_sparse_kernel import _forward
 from dsattn.kernels.block_tail import block_tail
 from dsattn.kernels.launch import (
@@ -38,6 +38,7 @@ def block_sparse_attention(
     scale: float,
     rule: VerdictRule | None = None,
     needed: Tensor | None = None,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the kept blocks of a plan, plus its tail; same contract as `reference`.
 
@@ -46,6 +47,7 @@ def block_sparse_attention(
         plan: pattern; its tensors on the same device.
         scale: factor on q·k before the softmax.
         rule, needed: as in `reference`; ``pv_skip`` decides per tile of the kernel.
+        tiles: how the general kernel is compiled, which then runs; None picks kernel and tiles.
 
     Returns:
         ``out [B, Sq, H, Dv]`` in q's dtype and ``lse [B, H, Sq]`` fp32, natural log, tail included.
@@ -68,14 +70,12 @@ def block_sparse_attention(
         shape = pick_tiles(64, 32, *size[2:])
         how = shape._asdict() | {"precision": precision(q.dtype, backend()), "scale_log2": scale * LOG2E}
         tail = block_tail(q, k, v, plan, **how)
-    special = pick_specialized(*size, tail=plan.tail == "pooled") if rule is None else None
+    special = pick_specialized(*size) if rule is None and tiles is None else None
     if special is not None and block_sparse_tma.why_not(q, k, v, plan, special.tiles) is None:
         out, lse = block_sparse_tma.block_sparse_attention(q, k, v, plan, scale=scale, how=special, tail=tail)
     else:
-        # Lists of keys without gaps between blocks; a verdict is about whole blocks.
-        packed = plan.k_starts is not None and rule is None
-        tiles = pick_tiles(*size, packed_tail=packed and plan.tail == "pooled")
-        out, lse = _launch(q, k, v, plan, scale, tiles, packed, tail, rule, needed)
+        tiles = tiles or tuned_tiles.block_sparse(q, v.shape[-1], plan, rule)
+        out, lse = _launch(q, k, v, plan, scale, tiles, tail, rule, needed)
     return out.to(dtype), lse
 
 

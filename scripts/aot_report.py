@@ -77,13 +77,14 @@ LINEAR = {"linear keys": (linear_attention._sum_keys, 0), "linear queries": (lin
 
 @dataclass(frozen=True)
 class Variant:
-    """One specialisation of the kernel."""
+    """One specialisation of the kernel; ``tiles`` None stands for what the launcher would pick."""
 
     dtype: str
     head_dim: int
     block_q: int
     block_k: int
     features: str
+    tiles: launch.Tiles | launch.Specialized | None = None
 
     @property
     def name(self) -> str:
@@ -171,6 +172,8 @@ def variants_of(target_name: str) -> list[Variant | Helper]:
 
 def how_of(variant: Variant, target: GPUTarget) -> launch.Specialized:
     """How the launcher would compile the kernel with tensor descriptors."""
+    if isinstance(variant.tiles, launch.Specialized):
+        return variant.tiles
     shape = (variant.block_q, variant.block_k, variant.head_dim, DTYPES[variant.dtype], target.arch)
     how = launch.pick_specialized(*shape, tail="tail" in TMA[variant.features])
     if how is None:
@@ -191,6 +194,8 @@ def tiles_of(variant: Variant | Helper, target: GPUTarget) -> launch.Tiles:
         return pick(variant.head_dim, DTYPES[variant.dtype], target.arch) if pick else means
     if variant.special:
         return how_of(variant, target).tiles
+    if isinstance(variant.tiles, launch.Tiles):
+        return variant.tiles
     shape = (variant.block_q, variant.block_k, variant.head_dim, DTYPES[variant.dtype], target.arch)
     if variant.features in BACKWARD:
         return block_sparse_backward.pick_tiles(*shape)[BACKWARD[variant.features][1]]

@@ -22,6 +22,9 @@ import torch
 import typer
 from bench_timing import Deadline, Stopwatch, ceilings, machine, measure, ms, smi, table, write_json
 
+from dsattn.config import AUTOTUNE
+from dsattn.kernels import tuning
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GROUPS = ("attention", "parts", "options", "backward")
 # Share of a shape's time that each group gets.
@@ -73,7 +76,7 @@ def bench_shape(
     for done, (name, weight) in enumerate(weights.items()):
         share = deadline.left() * weight / sum(list(weights.values())[done:])
         log(f"{shape.name}, {name}: {share:.0f} s")
-        with torch.set_grad_enabled(name == "backward"):
+        with torch.set_grad_enabled(name == "backward"), tuning.using(options["autotune"]):
             found = measure(groups[name](), watch, share, most=options["repeats"], log=log)
         rows += [{"shape": shape.name, **row} for row in found]
         save()
@@ -206,6 +209,7 @@ def main(
     blocks: Annotated[str, typer.Option(help="Tokens per query and key block.")] = "128x64",
     device: Annotated[str, typer.Option(help="cuda or cpu; by default the GPU if there is one.")] = "",
     seconds: Annotated[float, typer.Option(help="Time for all shapes together.")] = 240,
+    autotune: Annotated[str, typer.Option(help=f"Tile shapes: {', '.join(AUTOTUNE)}.")] = "cached",
     repeats: Annotated[int, typer.Option(help="Most runs of each, three at least.")] = 20,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all numbers here.")] = None,
     table_path: Annotated[Path | None, typer.Option("--table", help="Write the tables here.")] = None,
@@ -226,6 +230,7 @@ def main(
         "block_q": block_q,
         "block_k": block_k,
         "repeats": repeats,
+        "autotune": _check("--autotune", [autotune], AUTOTUNE)[0],
     }
     if min(options["densities"], default=1) >= 1:
         raise typer.BadParameter("--densities needs one below 1")
@@ -238,7 +243,7 @@ def main(
     }  # fmt: skip
 
     def save() -> None:
-        report["seconds"] = time.time() - began
+        report["seconds"], report["tuning"] = time.time() - began, tuning.history()
         finish(report)
         if json_path is not None:
             write_json(json_path, report)

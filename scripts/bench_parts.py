@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import bench_cases as cases
+import torch
 from bench_timing import Entry
 from torch import Tensor
 
 import dsattn
 from dsattn.block_plan import BlockPlan
+from dsattn.errors import ImplUnavailableError
 from dsattn.grid import Call
 from dsattn.kernels.kmeans import Clusters, first_centroids, kmeans
 from dsattn.kernels.pooling import pool_blocks
@@ -41,7 +44,7 @@ def entries(shape: cases.Shape, qkv: QKV, tiles: BlockPlan, clusters: BlockPlan)
         *_plans(shape, qkv),
         _reuse(shape, qkv),
         *_pooling(qkv, tiles, clusters),
-        _permutation(qkv, clusters),
+        *_permutation(qkv, clusters),
     ]
 
 
@@ -68,7 +71,7 @@ def _kmeans(shape: cases.Shape, qkv: QKV) -> list[Entry]:
 
 
 def _plans(shape: cases.Shape, qkv: QKV) -> list[Entry]:
-    """Whole plans: what the issue calls map and order, then the default method fresh and warm, and static ones."""
+    """Whole plans: the plainest one of clusters, then the default method warm and fresh, and one without clusters."""
     q = qkv[0]
     mapped = SemanticConfig(density=0.1, tail="none", metric="euclidean", routing="mass", iterations=2)
 
@@ -135,15 +138,32 @@ def _pool_check(k: Tensor, plan: BlockPlan) -> Callable[[tuple[Tensor, Tensor, T
     return check
 
 
-def _permutation(qkv: QKV, clusters: BlockPlan) -> Entry:
-    """q, k and v into the order of their clusters, as a gather of their own: what loading through the order saves."""
-    q, k, v = qkv
-    orders = [x for x in (clusters.q_order, clusters.k_order, clusters.k_order) if x is not None]
-    index = [order.expand(q.shape[0], q.shape[2], -1).transpose(1, 2)[..., None] for order in orders]
+def _permutation(qkv: QKV, clusters: BlockPlan) -> list[Entry]:
+    """q, k and v into the order of their clusters, and a result back: the kernel where it runs, and torch's gather."""
+    orders = (clusters.q_order, clusters.k_order, clusters.k_order)
+    given = [
+        (x, order.expand(x.shape[0], x.shape[2], -1)) for x, order in zip(qkv, orders, strict=True) if order is not None
+    ]
+    index = [order.transpose(1, 2)[..., None] for _, order in given]
 
-    def permute() -> list[Tensor]:
-        return [x.gather(1, i.expand_as(x)) for x, i in zip((q, k, v), index, strict=True)]
+    def gather() -> list[Tensor]:
+        return [x.gather(1, i.expand_as(x)) for (x, _), i in zip(given, index, strict=True)]
 
-    moved = 2.0 * sum(x.nbytes for x in qkv) + sum(order.nbytes for order in orders)
-    # torch's gather, here for comparison: its bandwidth is no target.
-    return _entry("permute q, k, v", permute, moved=moved, memory=4.0 * q.nbytes, info={"impl": "torch"})
+    def kernel() -> list[Tensor]:
+        from dsattn.kernels import launch
+        from dsattn.kernels.permute import permute
+
+        if reason := launch.why_unavailable(qkv[0].device):
+            raise ImplUnavailableError(reason)
+        return [permute(x, order) for x, order in given]
+
+    def check(got: list[Tensor]) -> tuple[float, float]:
+        same = all(torch.equal(a, b) for a, b in zip(got, gather(), strict=True))
+        return (0.0 if same else math.inf), 0.0
+
+    moved = 2.0 * sum(x.nbytes for x in qkv) + sum(order.nbytes for _, order in given)
+    memory = 7.0 * qkv[0].nbytes
+    return [
+        _entry("permute q, k, v", kernel, moved=moved, memory=memory, check=check),
+        _entry("permute q, k, v by torch", gather, moved=moved, memory=memory, info={"impl": "torch"}),
+    ]
