@@ -16,6 +16,7 @@ from dsattn.kernels.block_tail import block_tail
 from dsattn.kernels.launch import (
     DTYPES,
     LOG2E,
+    Specialized,
     Tiles,
     architecture,
     backend,
@@ -38,7 +39,7 @@ def block_sparse_attention(
     scale: float,
     rule: VerdictRule | None = None,
     needed: Tensor | None = None,
-    tiles: Tiles | None = None,
+    tiles: Tiles | Specialized | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the kept blocks of a plan, plus its tail; same contract as `reference`.
 
@@ -47,7 +48,7 @@ def block_sparse_attention(
         plan: pattern; its tensors on the same device.
         scale: factor on q·k before the softmax.
         rule, needed: as in `reference`; ``pv_skip`` decides per tile of the kernel.
-        tiles: how the general kernel is compiled, which then runs; None picks kernel and tiles.
+        tiles: runs the general kernel, or the one with tensor descriptors, compiled so; None picks.
 
     Returns:
         ``out [B, Sq, H, Dv]`` in q's dtype and ``lse [B, H, Sq]`` fp32, natural log, tail included.
@@ -70,12 +71,14 @@ def block_sparse_attention(
         shape = pick_tiles(64, 32, *size[2:])
         how = shape._asdict() | {"precision": precision(q.dtype, backend()), "scale_log2": scale * LOG2E}
         tail = block_tail(q, k, v, plan, **how)
-    special = pick_specialized(*size) if rule is None and tiles is None else None
+    special = tiles if isinstance(tiles, Specialized) else None
+    if tiles is None and rule is None and (static := pick_specialized(*size)) is not None:
+        special = tuned_tiles.tma(q, v.shape[-1], plan, static)
     if special is not None and block_sparse_tma.why_not(q, k, v, plan, special.tiles) is None:
         out, lse = block_sparse_tma.block_sparse_attention(q, k, v, plan, scale=scale, how=special, tail=tail)
     else:
-        tiles = tiles or tuned_tiles.block_sparse(q, v.shape[-1], plan, rule)
-        out, lse = _launch(q, k, v, plan, scale, tiles, tail, rule, needed)
+        plain = tiles if isinstance(tiles, Tiles) else tuned_tiles.block_sparse(q, v.shape[-1], plan, rule)
+        out, lse = _launch(q, k, v, plan, scale, plain, tail, rule, needed)
     return out.to(dtype), lse
 
 

@@ -1,4 +1,4 @@
-"""Tile shapes of the block-sparse kernel: what was measured on this GPU, else the static table's."""
+"""Tile shapes of the block-sparse kernels: what was measured on this GPU, else the static table's."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
 from dsattn.kernels import tuning
-from dsattn.kernels.launch import Tiles, architecture, pick_tiles
+from dsattn.kernels.launch import Specialized, Tiles, architecture, pick_tiles
 from dsattn.verdict import VerdictRule
 
 # The problem on which shapes are compared: large enough to fill any GPU several times, small enough for milliseconds.
 LENGTH, HEADS, DENSITY = 16384, 16, 0.25
-_SOURCES = ("block_sparse.py", "block_sparse_kernel.py")
+_SOURCES = ("block_sparse.py", "block_sparse_kernel.py", "block_sparse_tma.py")
 
 
 def block_sparse(q: Tensor, dim_v: int, plan: BlockPlan, rule: VerdictRule | None) -> Tiles:
@@ -27,16 +27,40 @@ def block_sparse(q: Tensor, dim_v: int, plan: BlockPlan, rule: VerdictRule | Non
     family = family_of(plan, rule)
     if family is None or dim_v != q.shape[-1] or q.dtype == torch.float32:
         return static
-    block_q, block_k = (triton.next_power_of_2(n) for n in (plan.block_q, plan.block_k))
-    dim = max(64, triton.next_power_of_2(dim_v))
+    static_shape = (static.block_m, static.block_n, static.warps, static.stages)
+    return Tiles(*_pick("block_sparse", family, static_shape, q, dim_v, plan))
+
+
+def tma(q: Tensor, dim_v: int, plan: BlockPlan, static: Specialized) -> Specialized:
+    """How ``block_sparse_tma`` is compiled for a call that it takes; static: what ``pick_specialized`` says."""
+    tiles, roles = static
+    if dim_v != q.shape[-1] or (plan.block_q, plan.block_k) != _rounded(plan):
+        return static
+    static_shape = (tiles.block_m, tiles.block_n, tiles.warps, tiles.stages, int(roles))
+    return specialized(_pick("block_sparse_tma", "fixed", static_shape, q, dim_v, plan))
+
+
+def specialized(shape: tuning.Shape) -> Specialized:
+    """Of ``(queries, keys, warps, stages, roles)``."""
+    return Specialized(Tiles(*shape[:4]), bool(shape[4]))
+
+
+def _pick(
+    kernel: str, family: str, static: tuning.Shape, q: Tensor, dim: int, plan: BlockPlan
+) -> tuning.Shape:  # fmt: skip
+    (block_q, block_k), dim = _rounded(plan), max(64, triton.next_power_of_2(dim))
     request = tuning.Request(
-        kernel="block_sparse",
+        kernel=kernel,
         variant=f"d{dim} {block_q}x{block_k} {family}",
-        static=(static.block_m, static.block_n, static.warps, static.stages),
+        static=static,
         source=_source(),
         problem=lambda: problem(family, dim, block_q, block_k, q.dtype, q.device),
     )
-    return Tiles(*tuning.pick(request, q.device))
+    return tuning.pick(request, q.device)
+
+
+def _rounded(plan: BlockPlan) -> tuple[int, int]:
+    return triton.next_power_of_2(plan.block_q), triton.next_power_of_2(plan.block_k)
 
 
 def family_of(plan: BlockPlan, rule: VerdictRule | None) -> str | None:
@@ -55,8 +79,8 @@ def family_of(plan: BlockPlan, rule: VerdictRule | None) -> str | None:
 def problem(
     family: str, dim: int, block_q: int, block_k: int, dtype: torch.dtype, device: torch.device,
     length: int = LENGTH, heads: int = HEADS,
-) -> Callable[[tuple[int, int, int, int]], Any]:  # fmt: skip
-    """Function that runs a random plan of a family with a tile shape."""
+) -> Callable[[tuning.Shape], Any]:  # fmt: skip
+    """Function that runs a random plan of a family with a tile shape: of five numbers, on ``block_sparse_tma``."""
     from dsattn.kernels.block_sparse import block_sparse_attention
 
     generator = torch.Generator(device).manual_seed(0)
@@ -82,8 +106,9 @@ def problem(
         tail="pooled" if family == "all" else "none", **layout,
     )  # fmt: skip
 
-    def run(shape: tuple[int, int, int, int]) -> Any:
-        return block_sparse_attention(q, k, v, plan, scale=dim**-0.5, tiles=Tiles(*shape))
+    def run(shape: tuning.Shape) -> Any:
+        tiles = Tiles(*shape) if len(shape) == 4 else specialized(shape)
+        return block_sparse_attention(q, k, v, plan, scale=dim**-0.5, tiles=tiles)
 
     return run
 

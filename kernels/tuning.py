@@ -27,8 +27,8 @@ import torch
 
 from dsattn.kernels.tuning_space import SPACE
 
-# Queries, keys, warps, stages.
-Shape = tuple[int, int, int, int]
+# Queries, keys, warps, stages, and whatever else a kernel is compiled with.
+Shape = tuple[int, ...]
 MOST_CANDIDATES = 12
 # A candidate must be faster than the static shape by this factor: less is noise.
 GAIN = 1.02
@@ -92,14 +92,13 @@ class Tuner:
         if request.kernel not in self._known:
             self._known[request.kernel] = self._read(request)
         known = self._known[request.kernel]
-        if request.variant not in known:
+        # A shape that is no candidate (any more) may spill, or not fit.
+        if tuple(known.get(request.variant, {}).get("tiles", ())) not in shapes:
             if mode != "measure":
                 return request.static
             known[request.variant] = self._tune(request, shapes)
             self._write(request)
-        shape = tuple(known[request.variant]["tiles"])
-        # One that is no candidate (any more) may spill, or not fit.
-        return shape if shape in shapes else request.static
+        return tuple(known[request.variant]["tiles"])
 
     def file(self, kernel: str) -> Path:
         """Where a kernel's shapes are kept."""
@@ -138,7 +137,7 @@ class Tuner:
             content = json.loads(path.read_text(encoding="utf-8"))
             variants = content["variants"] if content["source"] == request.source else {}
             for record in variants.values():
-                if len(record["tiles"]) != 4 or not all(type(x) is int for x in record["tiles"]):
+                if not record["tiles"] or not all(type(x) is int for x in record["tiles"]):
                     raise ValueError(f"no tile shape: {record['tiles']!r}")
         except (FileNotFoundError, NotADirectoryError):
             return {}

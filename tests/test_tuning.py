@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dsattn import Engine, UsageError
-from dsattn.kernels import block_sparse, tuned_tiles, tuning
-from dsattn.kernels.launch import Tiles, backend, pick_tiles
+from dsattn.kernels import block_sparse, block_sparse_tma, tuned_tiles, tuning
+from dsattn.kernels.launch import Specialized, Tiles, backend, pick_specialized, pick_tiles
 from dsattn.verdict import VerdictRule
 
 from .plans import check, random_case, random_shape
@@ -82,6 +82,7 @@ def test_what_is_not_a_candidate_is_never_used(tmp_path):
     tuner(tmp_path).pick(request(), "measure")
     narrow = {"sm_90": {"block_sparse v": (STATIC, SLOW)}}
     assert tuner(tmp_path, space=narrow).pick(request(), "cached") == STATIC
+    assert tuner(tmp_path, {**TIMES, SLOW: 0.5}, space=narrow).pick(request(), "measure") == SLOW
     # Nothing is known of this GPU, variant or static shape: nothing is timed.
     for options, asked in (({"target": "sm_75"}, {}), ({}, {"variant": "x"}), ({}, {"static": (16, 16, 4, 2)})):
         fresh = tuner(tmp_path / "none", **options)
@@ -103,7 +104,7 @@ def test_a_shape_the_gpu_refuses_is_passed_over(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        "", "{", "[]", '{"source": "abc"}', '{"source": "abc", "variants": {"v": {"tiles": [1, 2]}}}',
+        "", "{", "[]", '{"source": "abc"}', '{"source": "abc", "variants": {"v": {"tiles": [1, 2.5]}}}',
         '{"source": "abc", "variants": {"v": {"tiles": "abcd"}}}', '{"source": "abc", "variants": [1]}',
         '{"source": "abc", "variants": {"v": 3}}',
     ],
@@ -151,10 +152,14 @@ def test_candidates_start_with_the_static_shape_and_are_few():
         for name, shapes in variants.items():
             kernel, dim, blocks, _ = name.split()
             block_q, block_k = map(int, blocks.split("x"))
-            static = pick_tiles(block_q, block_k, int(dim[1:]), torch.bfloat16, int(target[3:]))
-            assert kernel == "block_sparse" and shapes[0] == static, (target, name)
+            static = block_q, block_k, int(dim[1:]), torch.bfloat16, int(target[3:])
+            if kernel == "block_sparse_tma":
+                tiles, roles = pick_specialized(*static)
+                assert shapes[0] == (*tiles, int(roles)), (target, name)
+            else:
+                assert kernel == "block_sparse" and shapes[0] == pick_tiles(*static), (target, name)
             assert 1 < len(shapes) == len(set(shapes)) <= tuning.MOST_CANDIDATES
-            assert all(m <= block_q and n <= block_k for m, n, _, _ in shapes)
+            assert all(shape[0] <= block_q and shape[1] <= block_k for shape in shapes)
 
 
 # -- launcher -------------------------------------------------------------------------------------------------
@@ -218,6 +223,31 @@ def test_launcher_asks_for_a_shape(monkeypatch):
     # Not tuned: fp32, values of another size.
     assert tuned_tiles.block_sparse(case.q.float(), 64, case.plan, None) == pick_tiles(64, 64, 64, torch.float32, 90)
     assert tuned_tiles.block_sparse(case.q, 32, case.plan, None) == static and len(asked) == 1
+
+
+@pytest.mark.skipif(backend() != "interpreter", reason="CPU tensors need the interpreter")
+def test_the_kernel_with_descriptors_is_tuned_too(monkeypatch):
+    """A shape of five numbers runs that kernel, and what was picked reaches it."""
+    run = tuned_tiles.problem("fixed", 64, 32, 32, torch.float16, torch.device("cpu"), length=200, heads=2)
+    plain, special = run((32, 16, 1, 1))[0], run((32, 16, 1, 1, 0))[0]
+    assert special.isfinite().all() and torch.allclose(plain, special, atol=2e-3)
+    used, launch = [], block_sparse_tma.block_sparse_attention
+
+    def spy(*args, how, **options):
+        used.append(how)
+        return launch(*args, how=how, **options)
+
+    static = Specialized(Tiles(32, 32, 1, 1), False)
+    asked = []
+    monkeypatch.setattr(block_sparse_tma, "block_sparse_attention", spy)
+    monkeypatch.setattr(block_sparse, "pick_specialized", lambda *_: static)
+    monkeypatch.setattr(tuning, "pick", lambda request, device: asked.append(request) or (16, 16, 1, 1, 0))
+    case = a_case(dtype=torch.float16, block_q=32, block_k=32, dim=64)
+    check(case, *block_sparse.block_sparse_attention(case.q, case.k, case.v, case.plan, scale=case.scale))
+    assert used == [Specialized(Tiles(16, 16, 1, 1), False)]
+    assert [(r.kernel, r.variant, r.static) for r in asked] == [
+        ("block_sparse_tma", "d64 32x32 fixed", (32, 32, 1, 1, 0))
+    ]
 
 
 def test_the_cpu_is_never_tuned():
