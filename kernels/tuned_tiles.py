@@ -55,8 +55,15 @@ def _pick(
         static=static,
         source=_source(),
         problem=lambda: problem(family, dim, block_q, block_k, q.dtype, q.device),
+        agree=agree,
     )
     return tuning.pick(request, q.device)
+
+
+def agree(got: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> bool:
+    """Whether two results (out, lse) differ by rounding only."""
+    out, exact = got[0].float(), wanted[0].float()
+    return float((out - exact).norm() / exact.norm()) <= 2 * torch.finfo(wanted[0].dtype).eps
 
 
 def _rounded(plan: BlockPlan) -> tuple[int, int]:

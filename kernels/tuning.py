@@ -55,6 +55,7 @@ class Request:
     static: tile shape that is used where nothing was measured.
     source: fingerprint of the kernel; times of another one do not count.
     problem: builds inputs of fixed size and returns a function that launches the kernel on them with a tile shape.
+    agree: whether the result of a shape is that of the static one, both as ``problem``'s function returns them.
     """
 
     kernel: str
@@ -62,6 +63,7 @@ class Request:
     static: Shape
     source: str
     problem: Callable[[], Callable[[Shape], Any]]
+    agree: Callable[[Any, Any], bool]
 
 
 @dataclass
@@ -107,23 +109,26 @@ class Tuner:
 
     def _tune(self, request: Request, shapes: tuple[Shape, ...]) -> dict[str, Any]:
         began = time.perf_counter()
-        run = request.problem()
-        times: dict[Shape, float] = {}
+        run, static = request.problem(), request.static
+        wanted = run(static)
+        times = {static: self.clock(partial(run, static))}
         for shape in shapes[:MOST_CANDIDATES]:
+            if shape == static:
+                continue
+            # A shape that this GPU refuses, or that computes something else, is no candidate.
             try:
-                times[shape] = self.clock(partial(run, shape))
-            except Exception as error:
-                if shape == request.static:
-                    raise
-                times[shape] = math.inf
-                warnings.warn(f"autotuning {request.kernel} {request.variant}: {shape}: {error}", stacklevel=2)
+                times[shape] = self.clock(partial(run, shape)) if request.agree(run(shape), wanted) else math.inf
+                reason = "wrong result"
+            except Exception as error:  # noqa: BLE001
+                times[shape], reason = math.inf, str(error)
+            if times[shape] == math.inf:
+                warnings.warn(f"autotuning {request.kernel} {request.variant}: {shape}: {reason}", stacklevel=2)
         best = min(times, key=lambda shape: times[shape])
-        static = request.static
-        chosen = best if times[best] * GAIN < times.get(static, math.inf) else static
+        chosen = best if times[best] * GAIN < times[static] else static
         record = {
             "tiles": list(chosen),
             "seconds": times[chosen],
-            "static_seconds": times.get(static),
+            "static_seconds": times[static],
             "timed": len(times),
         }
         took = {"kernel": request.kernel, "variant": request.variant, "tuning_s": time.perf_counter() - began}

@@ -78,7 +78,7 @@ for name in "${kernel_tests[@]}"; do
   if [ -e "tests/test_$name.py" ]; then files+=("tests/test_$name.py"); fi
 done
 mapfile -t marked < <(grep -l 'mark\.gpu' tests/test_*.py)
-kernels=(--json "$out/kernels.json" --table "$work/kernels.md")
+kernels=(--json "$out/kernels.json" --table "$work/kernels.md" --shapes "${SHAPES:-wan-720p,wan-480p}")
 pipeline=(--json "$out/pipeline.json" --table "$work/pipeline.md")
 if [ -n "$tiny" ]; then
   files=(tests/test_orders.py)

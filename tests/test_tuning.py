@@ -41,7 +41,7 @@ def tuner(tmp_path, times=TIMES, **options):
 
 
 def request(variant="v", static=STATIC, source="abc"):
-    return tuning.Request("block_sparse", variant, static, source, lambda: lambda shape: shape)
+    return tuning.Request("block_sparse", variant, static, source, lambda: lambda shape: shape, lambda *_: True)
 
 
 def test_measures_once_and_keeps_the_best(tmp_path):
@@ -99,6 +99,16 @@ def test_a_shape_the_gpu_refuses_is_passed_over(tmp_path):
         assert tuner(tmp_path, {STATIC: 1.0, FAST: None, SLOW: 0.5}).pick(request(), "measure") == SLOW
     with pytest.raises(RuntimeError, match="out of resources"):  # a kernel that does not run at all
         tuner(tmp_path / "other", {STATIC: None, FAST: 1.0, SLOW: 1.0}).pick(request(), "measure")
+
+
+def test_a_shape_with_another_result_is_passed_over(tmp_path):
+    asked = replace(request(), agree=lambda got, wanted: wanted == STATIC and got != FAST)
+    with pytest.warns(UserWarning, match="wrong result"):
+        assert tuner(tmp_path, {**TIMES, SLOW: 1.5}).pick(asked, "measure") == SLOW
+    exact = torch.randn(1, 50, 2, 8), torch.zeros(1, 2, 50)
+    assert tuned_tiles.agree((exact[0] * (1 + 1e-7), exact[1]), exact)
+    for wrong in (exact[0] * 1.01, torch.zeros_like(exact[0]), exact[0] * torch.nan):
+        assert not tuned_tiles.agree((wrong, exact[1]), exact)
 
 
 @pytest.mark.parametrize(
