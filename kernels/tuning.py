@@ -73,7 +73,7 @@ class Tuner:
     gpu: its name. target: its row in the table of candidates, such as ``"sm_90"``. triton: version.
     folder: of the files, one per kernel.
     clock: seconds that a call takes.
-    space: candidates by target and ``"kernel variant"``.
+    space: candidates beside the static shape, by target and ``"kernel variant"``.
     history: one entry per variant timed in this process.
     """
 
@@ -88,9 +88,10 @@ class Tuner:
 
     def pick(self, request: Request, mode: str) -> Shape:
         """Tile shape to launch with."""
-        shapes = self.space.get(self.target, {}).get(f"{request.kernel} {request.variant}", ())
-        if mode == "static" or request.static not in shapes:
+        others = self.space.get(self.target, {}).get(f"{request.kernel} {request.variant}", ())
+        if mode == "static" or not others:
             return request.static
+        shapes = tuple(dict.fromkeys((request.static, *others)))[:MOST_CANDIDATES]
         if request.kernel not in self._known:
             self._known[request.kernel] = self._read(request)
         known = self._known[request.kernel]
@@ -108,13 +109,12 @@ class Tuner:
         return self.folder / name / f"triton-{self.triton}" / f"{kernel}.json"
 
     def _tune(self, request: Request, shapes: tuple[Shape, ...]) -> dict[str, Any]:
+        """Time the shapes, the static one first."""
         began = time.perf_counter()
         run, static = request.problem(), request.static
         wanted = run(static)
         times = {static: self.clock(partial(run, static))}
-        for shape in shapes[:MOST_CANDIDATES]:
-            if shape == static:
-                continue
+        for shape in shapes[1:]:
             # A shape that this GPU refuses, or that computes something else, is no candidate.
             try:
                 times[shape] = self.clock(partial(run, shape)) if request.agree(run(shape), wanted) else math.inf

@@ -1,11 +1,12 @@
-"""Tile shapes that autotuning may time, by GPU and variant; the first is the static one.
+"""Tile shapes that autotuning may time beside the static one, by GPU and variant.
 
-Written by scripts/tuning_space.py. None of them spills registers. Each is (queries, keys, warps, stages).
+Written by scripts/tuning_space.py. None of them spills registers. Each is (queries, keys, warps, stages); of
+``block_sparse_tma``, the fifth number says whether warps have roles.
 """
 
 from __future__ import annotations
 
-SPACE: dict[str, dict[str, tuple[tuple[int, int, int, int], ...]]] = {
+SPACE: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
     "sm_80": {
         "block_sparse d64 128x128 fixed": (
             (128, 32, 4, 2),

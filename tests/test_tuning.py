@@ -11,7 +11,7 @@ import torch
 
 from dsattn import Engine, UsageError
 from dsattn.kernels import block_sparse, block_sparse_tma, tuned_tiles, tuning
-from dsattn.kernels.launch import Specialized, Tiles, backend, pick_specialized, pick_tiles
+from dsattn.kernels.launch import Specialized, Tiles, backend, pick_tiles
 from dsattn.verdict import VerdictRule
 
 from .plans import check, random_case, random_shape
@@ -83,11 +83,20 @@ def test_what_is_not_a_candidate_is_never_used(tmp_path):
     narrow = {"sm_90": {"block_sparse v": (STATIC, SLOW)}}
     assert tuner(tmp_path, space=narrow).pick(request(), "cached") == STATIC
     assert tuner(tmp_path, {**TIMES, SLOW: 0.5}, space=narrow).pick(request(), "measure") == SLOW
-    # Nothing is known of this GPU, variant or static shape: nothing is timed.
-    for options, asked in (({"target": "sm_75"}, {}), ({}, {"variant": "x"}), ({}, {"static": (16, 16, 4, 2)})):
+    # Nothing is known of this GPU or variant: nothing is timed.
+    for options, asked in (({"target": "sm_75"}, {}), ({}, {"variant": "x"})):
         fresh = tuner(tmp_path / "none", **options)
-        assert fresh.pick(request(**asked), "measure") == asked.get("static", STATIC)
+        assert fresh.pick(request(**asked), "measure") == STATIC
         assert fresh.clock.timed == []
+
+
+def test_the_static_shape_is_always_a_candidate(tmp_path):
+    other = (16, 16, 4, 2)
+    fresh = tuner(tmp_path, {**TIMES, other: 0.5})
+    assert fresh.pick(request(static=other), "measure") == other and fresh.clock.timed == [other, STATIC, FAST, SLOW]
+    many = {"sm_90": {"block_sparse v": tuple((16, 16, 4, n) for n in range(30))}}
+    fresh = tuner(tmp_path / "many", {STATIC: 1.0} | {(16, 16, 4, n): 2.0 for n in range(30)}, space=many)
+    assert fresh.pick(request(), "measure") == STATIC and len(fresh.clock.timed) == tuning.MOST_CANDIDATES
 
 
 def test_noise_keeps_the_static_shape(tmp_path):
@@ -156,20 +165,17 @@ def test_cache_folder(monkeypatch, tmp_path):
 # -- candidates -----------------------------------------------------------------------------------------------
 
 
-def test_candidates_start_with_the_static_shape_and_are_few():
-    assert tuning.SPACE
+def test_candidates_are_few_and_fit_the_blocks():
+    assert {"sm_80", "sm_90"} <= set(tuning.SPACE)
     for target, variants in tuning.SPACE.items():
         for name, shapes in variants.items():
-            kernel, dim, blocks, _ = name.split()
+            kernel, dim, blocks, family = name.split()
             block_q, block_k = map(int, blocks.split("x"))
-            static = block_q, block_k, int(dim[1:]), torch.bfloat16, int(target[3:])
-            if kernel == "block_sparse_tma":
-                tiles, roles = pick_specialized(*static)
-                assert shapes[0] == (*tiles, int(roles)), (target, name)
-            else:
-                assert kernel == "block_sparse" and shapes[0] == pick_tiles(*static), (target, name)
-            assert 1 < len(shapes) == len(set(shapes)) <= tuning.MOST_CANDIDATES
-            assert all(shape[0] <= block_q and shape[1] <= block_k for shape in shapes)
+            assert kernel in ("block_sparse", "block_sparse_tma") and family in ("fixed", "clusters", "all")
+            assert dim in ("d64", "d128"), (target, name)
+            assert 1 <= len(shapes) == len(set(shapes)) <= tuning.MOST_CANDIDATES
+            assert all(len(shape) == (5 if kernel == "block_sparse_tma" else 4) for shape in shapes)
+            assert all(block_q % shape[0] == block_k % shape[1] == 0 for shape in shapes)
 
 
 # -- launcher -------------------------------------------------------------------------------------------------
