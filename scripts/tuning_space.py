@@ -107,10 +107,15 @@ def survey(target: str, only: str, jobs: int) -> dict[str, list[tuple[int, ...]]
         measured = pool.map(aot_report.measure, variants, [target] * len(variants))
         for name, listed in work.items():
             results = [next(measured) for _ in listed]
-            fits = [not got.error and not got.spills and got.shared <= SHARED[target] for got in results]
-            if any(fits):
-                found[name] = [shape for (shape, _), fit in zip(listed, fits, strict=True) if fit]
+            kept = [shape for (shape, _), got in zip(listed, results, strict=True) if fits(got, target)]
+            if kept:
+                found[name] = kept
     return found
+
+
+def fits(got: aot_report.Measured, target: str) -> bool:
+    """Whether a candidate compiles, holds everything in registers, and finds its shared memory on the GPU."""
+    return not got.error and not got.spills and got.shared <= SHARED[target]
 
 
 def render(space: dict[str, dict[str, list[tuple[int, ...]]]]) -> str:
@@ -131,6 +136,7 @@ def main(
     only: Annotated[
         str, typer.Option(help="Only kernels and variants whose name contains this; keeps the others.")
     ] = "",
+    out: Annotated[Path, typer.Option(help="File to write.")] = FILE,
     jobs: Annotated[int, typer.Option(help="Processes that compile at once.")] = 2,
 ) -> None:
     """Compile the candidates and write down those that fit."""
@@ -143,7 +149,7 @@ def main(
         kept = {key: shapes for key, shapes in space[name].items() if only not in key}
         space[name] = kept | survey(name, only, jobs)
         print(f"{name}: {sum(map(len, space[name].values()))} shapes of {len(space[name])} variants")
-        FILE.write_text(render({key: found for key, found in space.items() if found}), encoding="utf-8")
+        out.write_text(render({key: found for key, found in space.items() if found}), encoding="utf-8")
 
 
 if __name__ == "__main__":
