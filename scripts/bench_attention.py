@@ -200,24 +200,9 @@ def backward_entries(shape: cases.Shape, qkv: QKV, plans: dict[float, BlockPlan]
         memory = 30 * scores if name == "sdpa math" else 12.0 * grad.nbytes
         info = {"group": "backward", "impl": name, "plan": "dense", "density": 1.0}
         entries.append(Entry(f"backward {name}", partial(both, dense_run(name, *leaves)), info, memory))
-    exact: tuple[Tensor, ...] | None = None
-    if shape.name == "tiny":
-        exact = tuple(x.detach().double().requires_grad_() for x in qkv)
     for goal, plan in plans.items():
         info = {"group": "backward", "impl": impl, "plan": "tiles", "goal": goal, "density": float(plan.density.mean())}
-        check = None if exact is None else partial(_gradient_error, exact, plan, grad)
+        check = cases.gradient_checker(*qkv, plan, grad, impl)
         run = partial(both, partial(_attend, impl, plan, *leaves))
         entries.append(Entry(f"backward tiles {goal:g} {impl}", run, info, 16.0 * grad.nbytes, check=check))
     return entries
-
-
-def _gradient_error(
-    exact: tuple[Tensor, ...], plan: BlockPlan, grad: Tensor, got: tuple[Tensor, ...]
-) -> tuple[float, float]:
-    """Relative L2 error of the gradients against autograd through a dense masked softmax in float64."""
-    q, k, v = (x.transpose(1, 2) for x in exact)
-    logits = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~plan.to_dense(), -torch.inf)
-    out = (logits.softmax(-1) @ v).transpose(1, 2)
-    want = torch.autograd.grad(out, exact, grad.double())
-    error = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(got, want, strict=True))
-    return error, 2 * cases.allowed_error(grad.dtype)

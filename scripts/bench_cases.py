@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+import dsattn
 from dsattn.block_plan import BlockPlan
 from dsattn.grid import Call, VideoGrid
 from dsattn.methods import METHODS
@@ -173,3 +174,53 @@ def _exact_rows(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan | None, rows: T
                 logits, vh = torch.cat([logits, tail], -1), torch.cat([vh, values])
         found.append(logits.softmax(-1) @ vh)
     return torch.stack(found, 1)
+
+
+def gradient_checker(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, grad: Tensor, impl: str, count: int = 8, seed: int = 0
+) -> Callable[[Sequence[Tensor]], tuple[float, float]]:
+    """Function that compares gradients of q, k, v for ``grad`` on sampled rows, columns and heads with float64.
+
+    Results and log-sum-exps of all rows, which sums over columns need, come from the forward pass of ``impl``, whose
+    check is `checker`. The plan has equal blocks, no order and no tail.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(q.shape[1], (count,), generator=generator).to(q.device)
+    heads = sorted({0, q.shape[2] - 1})
+    with torch.no_grad():
+        out, lse = dsattn.attend(q, k, v, plan, impl=impl, return_lse=True)
+    wanted = [_exact_gradients(q, k, v, out, lse, plan, grad, tokens, head) for head in heads]
+
+    def check(got: Sequence[Tensor]) -> tuple[float, float]:
+        errors = []
+        for head, exact in zip(heads, wanted, strict=True):
+            for mine, want in zip(got, exact, strict=True):
+                errors.append(float((mine[0, tokens, head].double() - want).norm() / want.norm()))
+        worst = max(errors) if all(error == error for error in errors) else float("nan")
+        return worst, 2 * allowed_error(q.dtype)
+
+    return check
+
+
+def _exact_gradients(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: BlockPlan, grad: Tensor, tokens: Tensor, head: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows ``tokens`` of the gradients of q, k and v of one head, ``[T, D]`` float64."""
+    scale = q.shape[-1] ** -0.5
+    qh, kh, vh, oh, gh = (x[0, :, head].double() for x in (q, k, v, out, grad))
+    kept = plan.block_mask.expand(1, plan.heads, -1, -1)[0, head]
+    q_block, k_block = (
+        torch.arange(x.shape[1], device=q.device) // size for x, size in ((q, plan.block_q), (k, plan.block_k))
+    )
+    delta, norm = (gh * oh).sum(-1), lse[0, head].double()
+
+    def weights(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Softmax weights and gradients of logits, ``[rows, columns]``."""
+        used = kept[q_block[rows]][:, k_block[columns]]
+        p = (qh[rows] @ kh[columns].T * scale - norm[rows, None]).exp().masked_fill(~used, 0)
+        return p, p * (gh[rows] @ vh[columns].T - delta[rows, None]) * scale
+
+    everything = torch.arange(q.shape[1], device=q.device)
+    _, by_row = weights(tokens, everything)
+    p, by_column = weights(everything, tokens)
+    return by_row @ kh, by_column.T @ qh, p.T @ gh

@@ -82,18 +82,19 @@ kernels=(--json "$out/kernels.json" --table "$work/kernels.md" --shapes "${SHAPE
 pipeline=(--json "$out/pipeline.json" --table "$work/pipeline.md")
 if [ -n "$tiny" ]; then
   files=(tests/test_orders.py)
+  marked=(tests/test_dense.py)
   kernels+=(--shapes tiny --impls "torch,sdpa" --densities .25 --repeats 3)
   pipeline+=(--models tiny --method "topk:density=0.1,impl=torch")
 fi
 
-tests "kernel tests" $((budget * 3 / 10)) "${files[@]}"
-tests "GPU tests" $((budget / 10)) -m gpu "${marked[@]}"
-seconds=$((budget * 2 / 5))
-part "kernel benchmark" $((seconds + 40)) "$python" scripts/bench_kernels.py --seconds "$seconds" "${kernels[@]}" \
+tests "kernel tests" $((budget / 4)) "${files[@]}"
+tests "GPU tests" $((budget / 11)) -m gpu "${marked[@]}"
+seconds=$((budget * 9 / 25))
+part "kernel benchmark" $((seconds + 30)) "$python" scripts/bench_kernels.py --seconds "$seconds" "${kernels[@]}" \
   > "$work/kernels.log"
 if "$python" -c 'import diffusers' 2> /dev/null; then
-  seconds=$(($(left) - 40))
-  part "pipeline benchmark" $((seconds + 20)) "$python" scripts/bench_pipeline.py --seconds "$seconds" "${pipeline[@]}" \
+  seconds=$(($(left) - 30))
+  part "pipeline benchmark" $((seconds + 15)) "$python" scripts/bench_pipeline.py --seconds "$seconds" "${pipeline[@]}" \
     > "$work/pipeline.log"
 else
   echo "== pipeline benchmark: diffusers is not installed; scripts/gpu_wheels.sh downloads it"

@@ -114,9 +114,29 @@ def test_flashinfer_gets_sizes_and_permuted_tensors(qkv, monkeypatch):
 def test_gradients_are_checked(qkv):
     plan = cases.tiles(TINY, 0.25, 128, 64, CPU)
     entry = attention.backward_entries(TINY, qkv, {0.25: plan}, "torch")[-1]
-    error, allowed = entry.check(entry.run())
+    got = entry.run()
+    error, allowed = entry.check(got)
     assert error < allowed
-    assert entry.check([2 * x for x in entry.run()])[0] > allowed
+    for wrong in range(3):
+        broken = [2 * x if i == wrong else x for i, x in enumerate(got)]
+        assert entry.check(broken)[0] > allowed
+    assert not entry.check([got[0] * torch.nan, *got[1:]])[0] <= allowed
+
+
+def test_exact_gradients_are_those_of_autograd():
+    q, k, v, grad = (torch.randn(1, 150, 2, 16, dtype=torch.float64) for _ in range(4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    mask = torch.rand(1, 2, 3, 5) < 0.5
+    mask[..., 0] = True
+    plan = dsattn.block_plan.BlockPlan.from_mask(mask, 150, 150, batch=1, heads=2, block_q=64, block_k=32)
+    logits = (torch.einsum("bshd,bthd->bhst", q, k) / 4).masked_fill(~plan.to_dense(), -torch.inf)
+    out = torch.einsum("bhst,bthd->bshd", logits.softmax(-1), v)
+    want = torch.autograd.grad(out, leaves, grad)
+    tokens = torch.tensor([0, 63, 149])
+    with torch.no_grad():
+        got = cases._exact_gradients(q, k, v, out, logits.logsumexp(-1), plan, grad, tokens, 1)
+    for mine, exact in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, exact[0, tokens, 1])
 
 
 def row(group, name, seconds, **rest):
