@@ -51,11 +51,11 @@ part() {
   local name=$1 limit=$2 began=$SECONDS code=0
   shift 2
   if [ "$limit" -lt 5 ]; then
-    echo "== $name: no time left"
+    echo "== $name: no time left" >&2
     printf '%s\t124\t0\n' "$name" >> "$work/parts"
     return
   fi
-  echo "== $name, at most $limit s"
+  echo "== $name, at most $limit s" >&2
   timeout --signal=INT --kill-after=15 "$limit" "$@" || code=$?
   printf '%s\t%s\t%s\n' "$name" "$code" $((SECONDS - began)) >> "$work/parts"
 }
