@@ -77,8 +77,9 @@ def block_sparse_attention(
     if special is not None and block_sparse_tma.why_not(q, k, v, plan, special.tiles) is None:
         out, lse = block_sparse_tma.block_sparse_attention(q, k, v, plan, scale=scale, how=special, tail=tail)
     else:
-        plain = tiles if isinstance(tiles, Tiles) else tuned_tiles.block_sparse(q, v.shape[-1], plan, rule)
-        out, lse = _launch(q, k, v, plan, scale, plain, tail, rule, needed)
+        if not isinstance(tiles, Tiles):
+            tiles = tuned_tiles.block_sparse(q, v.shape[-1], plan, rule, pick_tiles(*size))
+        out, lse = _launch(q, k, v, plan, scale, tiles, tail, rule, needed)
     return out.to(dtype), lse
 
 

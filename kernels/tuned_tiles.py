@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
 from dsattn.kernels import tuning
-from dsattn.kernels.launch import Specialized, Tiles, architecture, pick_tiles
+from dsattn.kernels.launch import Specialized, Tiles
 from dsattn.verdict import VerdictRule
 
 # The problem on which shapes are compared: large enough to fill any GPU several times, small enough for milliseconds.
@@ -21,9 +21,8 @@ LENGTH, HEADS, DENSITY = 16384, 16, 0.25
 _SOURCES = ("block_sparse.py", "block_sparse_kernel.py", "block_sparse_tma.py")
 
 
-def block_sparse(q: Tensor, dim_v: int, plan: BlockPlan, rule: VerdictRule | None) -> Tiles:
-    """Tile shape for a call; q ``[B, S, H, D]``, values of ``dim_v``."""
-    static = pick_tiles(plan.block_q, plan.block_k, max(q.shape[-1], dim_v), q.dtype, architecture(q.device))
+def block_sparse(q: Tensor, dim_v: int, plan: BlockPlan, rule: VerdictRule | None, static: Tiles) -> Tiles:
+    """How the general kernel is compiled for a call; q ``[B, S, H, D]``, values of ``dim_v``, static from ``launch``."""
     family = family_of(plan, rule)
     if family is None or dim_v != q.shape[-1] or q.dtype == torch.float32:
         return static

@@ -223,6 +223,7 @@ def test_launcher_takes_a_tile_shape():
     )
 
 
+@pytest.mark.skipif(backend() != "interpreter", reason="CPU tensors need the interpreter")
 def test_launcher_asks_for_a_shape(monkeypatch):
     case = a_case(dtype=torch.float16, block_q=64, block_k=64, dim=64)
     asked = []
@@ -232,13 +233,15 @@ def test_launcher_asks_for_a_shape(monkeypatch):
         return (32, 32, 1, 1)
 
     monkeypatch.setattr(tuning, "pick", pick)
-    monkeypatch.setattr(tuned_tiles, "architecture", lambda device: 90)
-    assert tuned_tiles.block_sparse(case.q, 64, case.plan, None) == Tiles(32, 32, 1, 1)
-    static = pick_tiles(64, 64, 64, torch.float16, 90)
+    static = Tiles(64, 64, 4, 2)
+    assert tuned_tiles.block_sparse(case.q, 64, case.plan, None, static) == Tiles(32, 32, 1, 1)
     assert asked == [("block_sparse", "d64 64x64 fixed", static)]
     # Not tuned: fp32, values of another size.
-    assert tuned_tiles.block_sparse(case.q.float(), 64, case.plan, None) == pick_tiles(64, 64, 64, torch.float32, 90)
-    assert tuned_tiles.block_sparse(case.q, 32, case.plan, None) == static and len(asked) == 1
+    assert tuned_tiles.block_sparse(case.q.float(), 64, case.plan, None, static) == static
+    assert tuned_tiles.block_sparse(case.q, 32, case.plan, None, static) == static and len(asked) == 1
+    # A call asks for what the table says.
+    block_sparse.block_sparse_attention(case.q, case.k, case.v, case.plan, scale=case.scale)
+    assert asked[1] == ("block_sparse", "d64 64x64 fixed", pick_tiles(64, 64, 64, torch.float16, "interpreter"))
 
 
 @pytest.mark.skipif(backend() != "interpreter", reason="CPU tensors need the interpreter")
