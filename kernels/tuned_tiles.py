@@ -22,7 +22,7 @@ _SOURCES = ("block_sparse.py", "block_sparse_kernel.py", "block_sparse_tma.py")
 
 
 def block_sparse(q: Tensor, dim_v: int, plan: BlockPlan, rule: VerdictRule | None, static: Tiles) -> Tiles:
-    """How the general kernel is compiled for a call; q ``[B, S, H, D]``, values of ``dim_v``, static from ``launch``."""
+    """How the general kernel is compiled for a call; static: what ``launch.pick_tiles`` says."""
     family = family_of(plan, rule)
     if family is None or dim_v != q.shape[-1] or q.dtype == torch.float32:
         return static

@@ -179,6 +179,13 @@ def markdown(report: dict[str, Any]) -> str:
     ]  # fmt: skip
     note = "" if report["machine"]["device"] == "cuda" else "They are set for GPUs.\n"
     lines += ["## Targets\n", note, table(("target", "value", "limit", "met"), cells)] if cells else []
+    cells = [
+        (f"{t['kernel']} {t['variant']}", " ".join(map(str, t["tiles"])), ms(t["seconds"]), ms(t["static_seconds"]),
+         str(t["timed"]), f"{t['tuning_s']:.1f}")
+        for t in report["tuning"]
+    ]  # fmt: skip
+    head = ("tuned", "queries, keys, warps, stages", "ms", "static ms", "shapes timed", "s")
+    lines += ["## Autotuning\n", table(head, cells)] if cells else []
     missing: dict[tuple[str, str], list[str]] = {}
     for r in (r for r in report["rows"] if r["status"] != "ok"):
         missing.setdefault((r["status"], r["reason"]), []).append(f"{r['shape']} {r['name']}")

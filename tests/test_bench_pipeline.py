@@ -1,4 +1,4 @@
-"""The pipeline benchmark on the CPU, and the check that runs everything."""
+"""The pipeline benchmark: its models, and a run of the program on the CPU."""
 
 import json
 import sys
@@ -35,18 +35,17 @@ def test_models_run_in_half_precision(name):
 def test_program_on_the_cpu(tmp_path):
     out = tmp_path / "pipeline.json", tmp_path / "pipeline.md"
     done = run(
-        sys.executable, str(SCRIPTS / "bench_pipeline.py"), "--models", "tiny,tiny-hunyuan",
+        sys.executable, str(SCRIPTS / "bench_pipeline.py"), "--models", "tiny-hunyuan",
         "--method", "topk:density=0.1,impl=torch", "--method", "nope", "--json", str(out[0]), "--table", str(out[1]),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(out[0].read_text())
-    assert report["complete"] and [r["model"] for r in report["rows"]] == ["tiny", "tiny-hunyuan"]
+    assert report["complete"] and [r["model"] for r in report["rows"]] == ["tiny-hunyuan"]
     for row in report["rows"]:
         found, other = row["methods"].values()
-        assert row["dense_step_s"] > row["attend_s"] > 0
-        assert set(found["steps"]) == {"fresh", "refresh", "reuse"} and found["impls"] == {
-            "torch": 27 if row["layers"] == 3 else 18
-        }
+        assert row["dense_step_s"] > 0 and row["attend_s"] > 0
+        assert set(found["steps"]) == {"fresh", "refresh", "reuse"}
+        assert found["impls"] == {"torch": 9 * row["layers"]}
         assert found["steps"]["refresh"]["plan_s"] > found["steps"]["reuse"]["plan_s"]
         assert 0 < found["output_error"] < 1 and found["fallbacks"] == {}
         assert other["status"] == "failed" and "unknown method" in other["reason"]
@@ -72,40 +71,3 @@ def test_without_diffusers(tmp_path):
     )
     done = run(sys.executable, "-c", code)
     assert done.returncode == 1 and "needs diffusers (not here): pip install diffusers" in done.stderr
-
-
-def test_gpu_check_runs_every_part(tmp_path):
-    done = run("bash", str(SCRIPTS / "gpu_check.sh"), "--tiny", PYTHON=sys.executable, OUT=str(tmp_path), BUDGET="240")
-    assert done.returncode == 0, done.stdout + done.stderr
-    check = json.loads((tmp_path / "check.json").read_text())
-    assert check["ok"] and check["wrong"] == []
-    assert [p["part"] for p in check["parts"]] == [
-        "kernel tests",
-        "GPU tests",
-        "kernel benchmark",
-        "pipeline benchmark",
-    ]
-    assert "passed" in check["parts"][0]["result"]
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"check.json", "kernels.json", "pipeline.json", "summary.md", "tests.log"}
-    summary = (tmp_path / "summary.md").read_text()
-    assert "# Kernels on" in summary and "# Denoising steps on" in summary
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_check_without_a_gpu():
-    done = run("bash", str(SCRIPTS / "gpu_check.sh"), PYTHON=sys.executable)
-    assert done.returncode == 1 and "torch sees no GPU" in done.stderr
-    assert run("bash", str(SCRIPTS / "gpu_check.sh"), "--all").returncode == 2
-
-
-def test_summary_tells_what_went_wrong(tmp_path):
-    summary = module("gpu_summary")
-    parts, log = tmp_path / "parts", "..F\n1 failed, 2 passed in 3.00s\n"
-    parts.write_text("kernel tests\t1\t3\nGPU tests\t124\t50\nkernel benchmark\t0\t9\npipeline benchmark\t127\t0\n")
-    found = summary.read_parts(parts, log)
-    assert [p["status"] for p in found] == ["failed", "cut short", "ok", "not installed"]
-    assert found[0]["result"] == "1 failed, 2 passed"
-    wrong = {"shape": "tiny", "name": "tiles 0.1 triton", "status": "wrong", "reason": "relative error 1, allowed 0.1"}
-    (tmp_path / "kernels.json").write_text(json.dumps({"rows": [wrong, {"name": "x", "status": "ok"}]}))
-    assert summary.wrong_results(tmp_path) == ["tiny tiles 0.1 triton: wrong: relative error 1, allowed 0.1"]
