@@ -77,9 +77,12 @@ def block_sparse_attention(
     if special is not None and block_sparse_tma.why_not(q, k, v, plan, special.tiles) is None:
         out, lse = block_sparse_tma.block_sparse_attention(q, k, v, plan, scale=scale, how=special, tail=tail)
     else:
+        # Lists of keys without gaps between blocks; a verdict is about whole blocks.
+        packed = plan.k_starts is not None and rule is None
         if not isinstance(tiles, Tiles):
-            tiles = tuned_tiles.block_sparse(q, v.shape[-1], plan, rule, pick_tiles(*size))
-        out, lse = _launch(q, k, v, plan, scale, tiles, tail, rule, needed)
+            tiles = pick_tiles(*size, packed_tail=packed and plan.tail == "pooled")
+            tiles = tuned_tiles.block_sparse(q, v.shape[-1], plan, rule, tiles)
+        out, lse = _launch(q, k, v, plan, scale, tiles, packed, tail, rule, needed)
     return out.to(dtype), lse
 
 
