@@ -146,11 +146,18 @@ def measure(
     for turn in range(rounds):
         # Another one starts every round: none always follows the same neighbour.
         shift = turn % len(ready)
-        for entry, _ in ready[shift:] + ready[:shift]:
-            took = watch.once(entry.run)
+        for entry, row in ready[shift:] + ready[:shift]:
+            if row["status"] != "ok":
+                continue
+            try:
+                took = watch.once(entry.run)
+            except Exception as error:  # noqa: BLE001 - as in the warm-up
+                row |= {"status": "failed", "reason": f"run {turn + 3}: {type(error).__name__}: {_first_line(error)}"}
+                continue
             times[entry.name].append(took if entry.read is None else entry.read())
     for entry, row in ready:
-        row |= summary(times[entry.name])
+        if row["status"] == "ok":
+            row |= summary(times[entry.name])
     return rows
 
 

@@ -85,6 +85,17 @@ def test_what_cannot_run_does_not_stop_the_others():
     assert rows[4]["error"] == 0.01
 
 
+def test_one_that_fails_later_does_not_stop_the_others():
+    runs = iter("aaa")
+
+    def run():
+        return next(runs)
+
+    rows = timing.measure([timing.Entry("a", run), entry("b")], FakeWatch({"a": 1.0, "b": 1.0}), 100, most=3)
+    assert rows[0]["status"] == "failed" and rows[0]["reason"].startswith("run 4: StopIteration")
+    assert rows[1]["status"] == "ok" and rows[1]["runs"] == 3
+
+
 def test_part_of_a_run_can_be_what_counts():
     rows = timing.measure([entry("a", read=lambda: 0.25)], FakeWatch({"a": 1.0}), 100, most=3)
     assert rows[0]["median_s"] == 0.25
