@@ -72,8 +72,9 @@ def block_sparse_attention(
         how = shape._asdict() | {"precision": precision(q.dtype, backend()), "scale_log2": scale * LOG2E}
         tail = block_tail(q, k, v, plan, **how)
     special = tiles if isinstance(tiles, Specialized) else None
-    if tiles is None and rule is None and (static := pick_specialized(*size)) is not None:
-        special = tuned_tiles.tma(q, v.shape[-1], plan, static)
+    if tiles is None and rule is None:
+        special = pick_specialized(*size, tail=plan.tail == "pooled")
+        special = special and tuned_tiles.tma(q, v.shape[-1], plan, special)
     if special is not None and block_sparse_tma.why_not(q, k, v, plan, special.tiles) is None:
         out, lse = block_sparse_tma.block_sparse_attention(q, k, v, plan, scale=scale, how=special, tail=tail)
     else:

@@ -33,7 +33,7 @@ def block_sparse(q: Tensor, dim_v: int, plan: BlockPlan, rule: VerdictRule | Non
 def tma(q: Tensor, dim_v: int, plan: BlockPlan, static: Specialized) -> Specialized:
     """How ``block_sparse_tma`` is compiled for a call that it takes; static: what ``pick_specialized`` says."""
     tiles, roles = static
-    if dim_v != q.shape[-1] or (plan.block_q, plan.block_k) != _rounded(plan):
+    if plan.tail == "pooled" or dim_v != q.shape[-1] or (plan.block_q, plan.block_k) != _rounded(plan):
         return static
     static_shape = (tiles.block_m, tiles.block_n, tiles.warps, tiles.stages, int(roles))
     return specialized(_pick("block_sparse_tma", "fixed", static_shape, q, dim_v, plan))

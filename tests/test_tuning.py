@@ -259,7 +259,7 @@ def test_the_kernel_with_descriptors_is_tuned_too(monkeypatch):
     static = Specialized(Tiles(32, 32, 1, 1), False)
     asked = []
     monkeypatch.setattr(block_sparse_tma, "block_sparse_attention", spy)
-    monkeypatch.setattr(block_sparse, "pick_specialized", lambda *_: static)
+    monkeypatch.setattr(block_sparse, "pick_specialized", lambda *_, tail: static)
     monkeypatch.setattr(tuning, "pick", lambda request, device: asked.append(request) or (16, 16, 1, 1, 0))
     case = a_case(dtype=torch.float16, block_q=32, block_k=32, dim=64)
     check(case, *block_sparse.block_sparse_attention(case.q, case.k, case.v, case.plan, scale=case.scale))
