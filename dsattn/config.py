@@ -19,6 +19,7 @@ IMPLS = ("auto", "triton", "flex", "torch", "reference")
 DENSE_BACKENDS = ("sdpa", "flex", "xformers")
 # Products of block-sparse attention that run in 8 bits: (queries and keys in INT8, weights and values in FP8).
 QUANTIZATIONS = {"int8_qk": (True, False), "fp8_pv": (False, True), "int8_qk_fp8_pv": (True, True)}
+AUTOTUNE = ("static", "cached", "measure")
 
 T = TypeVar("T")
 
@@ -43,6 +44,8 @@ class Config:
         dense: backend of dense attention; None runs the pipeline's own.
         strict: raise instead of falling back to dense attention.
         timing: measure planning and attention time per call (on a GPU this adds events to the stream).
+        autotune: tile shapes of Triton kernels: ``"static"`` ones, those ``"cached"`` for this GPU by an earlier run
+            that measured, or ``"measure"`` once what is not cached (some seconds per kernel, see ``kernels.tuning``).
 
     Raises:
         UsageError: a value out of range, naming the option, what was expected and what came.
@@ -61,6 +64,7 @@ class Config:
     dense: str | None = None
     strict: bool = False
     timing: bool = False
+    autotune: str = "cached"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", parse_layers(self.dense_layers))
@@ -85,6 +89,7 @@ class Config:
             require_choice("dense", self.dense, DENSE_BACKENDS)
         require("strict", self.strict, bool)
         require("timing", self.timing, bool)
+        require_choice("autotune", self.autotune, AUTOTUNE)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:

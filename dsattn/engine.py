@@ -16,6 +16,7 @@ from dsattn.errors import StrictFallbackError, UsageError
 from dsattn.functional import attend, check_qkv, choose_impl, find_method
 from dsattn.grid import Call
 from dsattn.kernels import dense as dense_kernels
+from dsattn.kernels import tuning
 from dsattn.methods.estimate import output_squares, sample_rows
 from dsattn.schedule import decide
 from dsattn.state import Arriving, Entry, Layout, RunState
@@ -112,7 +113,7 @@ class Engine:
             if self.method.before is not None:
                 plan, rule = self.method.before(plan, call, self.method_config, entry.memory)
         record.impl, _ = choose_impl(q, self.config.impl, plan, judged, self.config.quantization)
-        with timed(record, "attend_s", q.device, self.config.timing):
+        with timed(record, "attend_s", q.device, self.config.timing), tuning.using(self.config.autotune):
             result = attend(
                 q, k, v, plan, impl=record.impl, scale=scale, verdict=rule, quantization=self.config.quantization
             )

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from dsattn.block_plan import BlockPlan
 from dsattn.errors import ImplUnavailableError
-from dsattn.kernels import block_sparse_tma
+from dsattn.kernels import block_sparse_tma, tuned_tiles
 from dsattn.kernels.block_sparse_kernel import _forward
 from dsattn.kernels.block_tail import block_tail
 from dsattn.kernels.launch import (
     DTYPES,
     LOG2E,
+    Specialized,
     Tiles,
     architecture,
     backend,
@@ -38,6 +39,7 @@ def block_sparse_attention(
     scale: float,
     rule: VerdictRule | None = None,
     needed: Tensor | None = None,
+    tiles: Tiles | Specialized | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the kept blocks of a plan, plus its tail; same contract as `reference`.
 
@@ -46,6 +48,7 @@ def block_sparse_attention(
         plan: pattern; its tensors on the same device.
         scale: factor on q·k before the softmax.
         rule, needed: as in `reference`; ``pv_skip`` decides per tile of the kernel.
+        tiles: runs the general kernel, or the one with tensor descriptors, compiled so; None picks.
 
     Returns:
         ``out [B, Sq, H, Dv]`` in q's dtype and ``lse [B, H, Sq]`` fp32, natural log, tail included.
@@ -68,13 +71,18 @@ def block_sparse_attention(
         shape = pick_tiles(64, 32, *size[2:])
         how = shape._asdict() | {"precision": precision(q.dtype, backend()), "scale_log2": scale * LOG2E}
         tail = block_tail(q, k, v, plan, **how)
-    special = pick_specialized(*size, tail=plan.tail == "pooled") if rule is None else None
+    special = tiles if isinstance(tiles, Specialized) else None
+    if tiles is None and rule is None:
+        special = pick_specialized(*size, tail=plan.tail == "pooled")
+        special = special and tuned_tiles.tma(q, v.shape[-1], plan, special)
     if special is not None and block_sparse_tma.why_not(q, k, v, plan, special.tiles) is None:
         out, lse = block_sparse_tma.block_sparse_attention(q, k, v, plan, scale=scale, how=special, tail=tail)
     else:
         # Lists of keys without gaps between blocks; a verdict is about whole blocks.
         packed = plan.k_starts is not None and rule is None
-        tiles = pick_tiles(*size, packed_tail=packed and plan.tail == "pooled")
+        if not isinstance(tiles, Tiles):
+            tiles = pick_tiles(*size, packed_tail=packed and plan.tail == "pooled")
+            tiles = tuned_tiles.block_sparse(q, v.shape[-1], plan, rule, tiles)
         out, lse = _launch(q, k, v, plan, scale, tiles, packed, tail, rule, needed)
     return out.to(dtype), lse
 

@@ -9,6 +9,7 @@ uncompiled, and a failed compile raises.
 from __future__ import annotations
 
 import inspect
+import math
 import shutil
 import sysconfig
 from collections.abc import Callable
@@ -90,10 +91,19 @@ def _run(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None, score_mod: Callable[..., Tensor] | None,
     scale: float, return_lse: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    options = {} if mask is None or q.device.type == "cpu" else {"kernel_options": _gpu_tile(mask, q.shape[-1])}
     with torch._dynamo.config.patch(recompile_limit=COMPILED_SHAPES, accumulated_recompile_limit=COMPILED_SHAPES):
-        result = _compiled()(q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, return_lse=return_lse)
+        result = _compiled()(
+            q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, return_lse=return_lse, **options
+        )
     # One tensor without the LSE, a pair with it.
     return tuple(result) if return_lse else (result,)
+
+
+def _gpu_tile(mask: BlockMask, dim: int) -> dict[str, int]:
+    """Tile of FlexAttention's GPU kernel, which must divide the mask's blocks: its own choice may not."""
+    largest = (128, 64) if dim <= 128 else (64, 32)
+    return {name: math.gcd(*pair) for name, *pair in zip(("BLOCK_M", "BLOCK_N"), mask.BLOCK_SIZE, largest, strict=True)}
 
 
 @lru_cache(maxsize=1)

@@ -61,13 +61,14 @@ QUANTIZED: dict[str, tuple[bool, bool, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One specialisation of the kernel."""
+    """One specialisation of the kernel; ``tiles`` None stands for what the launcher would pick."""
 
     dtype: str
     head_dim: int
     block_q: int
     block_k: int
     features: str
+    tiles: launch.Tiles | launch.Specialized | None = None
 
     @property
     def name(self) -> str:
@@ -152,6 +153,8 @@ def runs_on(variant: Variant | Helper, target_name: str) -> bool:
 
 def how_of(variant: Variant, target: GPUTarget) -> launch.Specialized:
     """How the launcher would compile the kernel with tensor descriptors."""
+    if isinstance(variant.tiles, launch.Specialized):
+        return variant.tiles
     shape = (variant.block_q, variant.block_k, variant.head_dim, DTYPES[variant.dtype], target.arch)
     how = launch.pick_specialized(*shape, tail="tail" in TMA[variant.features])
     if how is None:
@@ -165,6 +168,8 @@ def tiles_of(variant: Variant | Helper, target: GPUTarget) -> launch.Tiles:
         return helper_tiles(variant, target)
     if variant.special:
         return how_of(variant, target).tiles
+    if isinstance(variant.tiles, launch.Tiles):
+        return variant.tiles
     shape = (variant.block_q, variant.block_k, variant.head_dim, DTYPES[variant.dtype], target.arch)
     if variant.features in QUANTIZED:
         key_tile, has = min(64, max(32, variant.block_k)), QUANTIZED[variant.features][2]
