@@ -167,9 +167,9 @@ def planning(shape: Shape) -> list[Cost]:
         ),
         Cost(
             "permutation as a pass (q, k, v, out)",
-            None,
+            "permute bf16 d128",
             4 * 2 * tensor + 4 * 8 * rows,
-            note="not run: kernels gather rows of 256 bytes on load and scatter on store",
+            note="for tensor descriptors only: other kernels gather rows of 256 bytes on load and scatter on store",
         ),
         Cost(
             "verdict bits",

@@ -329,6 +329,20 @@ def vbench_check(_: str) -> str:
     )
 
 
+def quantization_error(_: str) -> str:
+    """Largest error of every number format by input, over head_dims and plans, and that of the plan of `semantic`."""
+    rows = result("quantization_error.json")["rows"]
+    formats = list(dict.fromkeys(row["quantization"] for row in rows))
+    cells = []
+    for kind in dict.fromkeys(row["input"] for row in rows):
+        of_kind = [row for row in rows if row["input"] == kind]
+        largest = (max(row["error"] for row in of_kind if row["quantization"] == name) for name in formats)
+        plan = max(row["error_of_plan"] for row in of_kind if row["plan"].startswith("semantic"))
+        cells.append((kind, *(f"{error:.4f}" for error in largest), f"{plan:.2f}"))
+    header = ("input", *(f"`{name}`" if name else "bfloat16" for name in formats), "plan of `semantic`")
+    return table(header, cells)
+
+
 def engine_options(_: str) -> str:
     """Names of the engine's options, as flags and as ``-O`` take them."""
     from dsattn.config import Config
@@ -356,6 +370,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "kernel_resources": kernel_resources,
     "methods": methods,
     "presets": presets,
+    "quantization_error": quantization_error,
     "report_fields": report_fields,
     "vbench_check": vbench_check,
 }

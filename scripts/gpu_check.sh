@@ -61,8 +61,8 @@ part() {
 }
 
 # Tests of kernels, which run compiled where there is a GPU, and those that need one.
-kernel_tests=(block_sparse block_sparse_tma block_sparse_backward cluster_errors kmeans_triton mix sparse_linear verdict attend
-  program_order tuning)
+kernel_tests=(block_sparse block_sparse_tma block_sparse_backward block_mass quantized cluster_errors kmeans_triton mix
+  sparse_linear verdict attend program_order tuning)
 tests() {
   local name=$1 limit=$2 workers=()
   shift 2
