@@ -56,9 +56,8 @@ class SemanticConfig:
         density: share of the keys that queries read exactly, in (0, 1], text and prefix included; 0.06 if no budget is
             given.
         budget: ``"head"``: ``density`` is the mean over the queries of a head, and the best pairs of query and key
-            clusters are read, so that query clusters that gain most read most (queries that share a cluster with few
-            others gain less, as kernels work in tiles); ``"row"``: every query cluster reads so
-            much.
+            clusters are read: query clusters that gain most read most, those of few queries less, as kernels work in
+            tiles. ``"row"``: every query cluster reads so much.
         top_p: keep the best key clusters until their share of the estimated softmax mass reaches ``top_p``, in
             (0, 1]; the cluster that crosses the mark is kept.
         target_error: keep as little, head by head, as brings the relative L2 error of the output down to this, in
