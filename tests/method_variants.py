@@ -100,7 +100,7 @@ VARIANTS = [
     Variant("sol", {"density": 0.2, "order": "tile", "block": 16}, {"density": 1.0}),
     _semantic({"density": 1.0}, density=0.2),
     _semantic({"top_p": 1.0}, top_p=0.5, metric="query", routing="output_error", values=0.2),
-    _semantic({"density": 1.0}, density=0.2, top_p=0.3, k_groups=5, routing_noise=0.5),
+    _semantic({"density": 1.0}, density=0.2, top_p=0.3, k_groups=5),
     _semantic({"density": 1.0}, None, density=0.2, metric="euclidean", routing="mass", tail="none"),
     _semantic({"density": 1.0}, None, density=0.1, top_p=0.2, metric="euclidean"),
     _semantic({"target_error": 1e-9}, target_error=0.3, tail="pooled_block", rows=32),
@@ -147,11 +147,15 @@ def meaning(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, key_lengths: Tenso
         owner = plan.k_block_of_token.expand(*lead, -1)
         members = torch.nn.functional.one_hot(owner, plan.num_k_blocks).double() * readable[..., None]
         sizes = members.sum(2)[..., None]
-        k_mean, v_mean = (members.mT @ x / sizes.clamp(min=1) for x in (k, v))
+        k_mean, weights = members.mT @ k / sizes.clamp(min=1), members
+        if plan.tail_weights is not None:
+            weights = members * plan.tail_weights.double().expand(*lead, -1)[..., None]
+        total = weights.sum(2)[..., None]
+        v_mean = weights.mT @ v / total.where(total > 0, 1)
         read = pairs.double() @ members
         assert bool(((read == 0) | (read == sizes.mT)).all()), "a block is read in part"
         queries = _block_means(q, plan) if plan.tail == "pooled_block" else q
-        tail = (queries @ k_mean.mT * scale + sizes.mT.log()).masked_fill(read > 0, -torch.inf)
+        tail = (queries @ k_mean.mT * scale + total.mT.log()).masked_fill(read > 0, -torch.inf)
         logits, values = torch.cat([logits, tail], -1), torch.cat([v, v_mean], 2)
     out = logits.softmax(-1) @ values
     if plan.linear is not None:

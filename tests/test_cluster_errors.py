@@ -131,3 +131,20 @@ def test_half_precision(dtype, kind, impl):
     # Weights meet values in half precision; the output is rounded to it.
     torch.testing.assert_close(found[0].double().cpu(), wanted[0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(found[1].double().cpu().sqrt(), wanted[1].sqrt(), rtol=2**-6, atol=1e-3)
+
+
+@pytest.mark.parametrize("factor", [1.0, 40.0])
+def test_weight_errors_of_far_keys(factor, monkeypatch):
+    """Centred logits beyond what fp32 can raise e to go the longer way; both ways give the definition."""
+    monkeypatch.setattr(ce, "runs_triton", lambda *tensors: False)
+    monkeypatch.setattr(ce, "_CENTRED_ELEMENTS", 300)
+    generator = torch.Generator().manual_seed(3)
+    k = factor * torch.randn(2, 90, 2, 16, generator=generator)
+    queries = torch.randn(2, 2, 6, 16, generator=generator)
+    clusters = random_clusters(2, 2, 90, 8, seed=3)
+    clusters = Clusters(*(x.cpu() for x in (clusters.labels, clusters.order, clusters.centroids, clusters.sizes)))
+    assert (ce._centred(queries, k, clusters, 1.0) is None) == (factor > 1)
+    found = ce.cluster_errors(queries, k, k, clusters, "weight", 1.0)
+    wanted = brute_force(queries, k, k, clusters.labels, 8, "weight", 1.0)
+    torch.testing.assert_close(found[0].double(), wanted[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[1].double().sqrt(), wanted[1].sqrt(), rtol=1e-3, atol=1e-4)

@@ -300,6 +300,9 @@ def most_elements(variant: Variant, grid: VideoGrid, heads: int, dim: int) -> in
     per_token = 2 * dim  # keys beside their values, once
     if "spatial_temporal" in methods or "auto" in methods or variant.method == "semantic":
         per_token = max(per_token, options.get("rows", 64))  # logits of the sampled rows
+    if "auto" in methods:
+        # Their weights, with every block padded to whole tiles.
+        per_token = 2 * options.get("rows", 64)
     if variant.method == "temporal" and "target_error" in variant.options:
         per_token = max(per_token, 2 * options["block_q"] + 2)
     # Block pairs, or with sub-blocks pairs of quarters, rounded up to whole blocks.
@@ -334,7 +337,8 @@ def test_what_is_kept_between_steps_is_bounded(variant):
     tiles = made.num_q_blocks * made.num_k_blocks
     # 4 bytes per listed block, a byte for the block map and one for that of a linear branch, bits.
     lists = tiles * 6 + 3 * made.num_q_blocks * (made.num_k_blocks // 32 + 1) * 4
-    orders = 3 * 8 * LARGE.tokens
+    # Two orders and their blocks, and weights in the pools.
+    orders = (3 * 8 + 4) * LARGE.tokens
     edges = 8 * 8 * (made.num_q_blocks + made.num_k_blocks)
     clusters = {"semantic", "auto"} & {variant.method, variant.options.get("base")}
     automatic = LARGE.tokens // 30 + LARGE.tokens // 36 if "auto" in clusters else 12 + 20

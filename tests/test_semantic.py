@@ -307,6 +307,7 @@ def test_routing_keeps_what_the_definition_ranks_first(budget, routing, metric):
                 assert set(order[fits].tolist()) == set(of_row.nonzero()[:, 0].tolist())
         else:
             queries = torch.bincount(q_block[video], minlength=7)
+            scores *= (queries / (queries + 32))[:, None]
             scores[range(7), scores.argmax(1)] = torch.inf
             order = scores.flatten().argsort(descending=True)
             read = (queries[:, None] * sizes).flatten()[order] / queries.sum()

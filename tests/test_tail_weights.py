@@ -26,8 +26,10 @@ def by_hand(q, k, labels):
     return found
 
 
+@pytest.mark.parametrize("elements", [1 << 24, 2000])
 @pytest.mark.parametrize(("batch", "length", "heads", "dim"), [(2, 61, 3, 16), (1, 1, 1, 32), (1, 130, 2, 64)])
-def test_weights_are_the_definition(batch, length, heads, dim):
+def test_weights_are_the_definition(batch, length, heads, dim, elements, monkeypatch):
+    monkeypatch.setattr("dsattn.methods.tail_weights.ELEMENTS", elements)
     generator = torch.Generator().manual_seed(length)
     q, k = (1 + torch.randn(batch, length, heads, dim, generator=generator) for _ in range(2))
     space = ClusterSpace.of_keys(q, k, k, "query", 0, seed=0)

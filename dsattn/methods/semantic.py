@@ -56,8 +56,8 @@ class SemanticConfig:
         density: share of the keys that queries read exactly, in (0, 1], text and prefix included; 0.06 if no budget is
             given.
         budget: ``"head"``: ``density`` is the mean over the queries of a head, and the best pairs of query and key
-            clusters are read, so that query clusters that gain most read most; ``"row"``: every query cluster reads so
-            much.
+            clusters are read: query clusters that gain most read most, those of few queries less, as kernels work in
+            tiles. ``"row"``: every query cluster reads so much.
         top_p: keep the best key clusters until their share of the estimated softmax mass reaches ``top_p``, in
             (0, 1]; the cluster that crosses the mark is kept.
         target_error: keep as little, head by head, as brings the relative L2 error of the output down to this, in
@@ -265,7 +265,11 @@ def _by_worth(
     # Where pooling costs nothing all scores are 0: the best cluster, which is always read, must hold a key.
     score = score.masked_fill(sizes == 0, -torch.inf)
     if config.budget == "head":
-        read = share_by_rank_of_head(score, q_sizes, (sizes / everything)[:, :, 0])
+        # Reading a key costs as much for few queries as for half a tile of them.
+        queries = q_sizes.clamp(min=1)
+        filled = queries / (queries + TILE // 2)
+        gain = score + filled.log()[..., None] if config.routing_noise else score * filled[..., None]
+        read = share_by_rank_of_head(gain, q_sizes, (sizes / everything)[:, :, 0])
     else:
         # Counted in keys, which fp32 adds up without rounding.
         keys = share_by_rank(score, sizes)

@@ -17,6 +17,8 @@ from dsattn.kernels.kmeans import Clusters
 # kept, and its limit. Best of .35 to 1 and 1 to 4 on captures of the shipped model.
 SHARE = 0.75
 LIMIT = 3.0
+# Elements of the largest tensor of one chunk of keys.
+ELEMENTS = 1 << 24
 
 
 def tail_weights(q: Tensor, k: Tensor, features: Tensor, clusters: Clusters) -> Tensor:
@@ -34,15 +36,18 @@ def tail_weights(q: Tensor, k: Tensor, features: Tensor, clusters: Clusters) -> 
     """
     scale = k.shape[-1] ** -0.5
     mean_query = q.mean(1, dtype=torch.float32)
-    logits = torch.einsum("bshd,bhd->bhs", k.float(), mean_query) * scale
-    centre = clusters.means(logits.transpose(1, 2)[..., None])[..., 0]
-    spread = features.float() - _of_token(clusters.means(features), clusters.labels).transpose(1, 2)
-    second = spread.square().sum(-1).transpose(1, 2) * scale**2
-    exponent = logits - centre.gather(2, clusters.labels) + second / 2
+    centres = clusters.means(features)
+    batch, length, heads, dim = features.shape
+    step = max(1, ELEMENTS // (batch * heads * dim))
+    logits, second = [], []
+    for start in range(0, length, step):
+        chunk = slice(start, start + step)
+        logits.append(torch.einsum("bshd,bhd->bhs", k[:, chunk].float(), mean_query) * scale)
+        labels = clusters.labels[:, :, chunk, None].expand(-1, -1, -1, dim)
+        spread = features[:, chunk].transpose(1, 2).float() - centres.gather(2, labels)
+        second.append(spread.square().sum(-1) * scale**2)
+    logit = torch.cat(logits, 2)
+    centre = clusters.means(logit.transpose(1, 2)[..., None])[..., 0]
+    exponent = logit - centre.gather(2, clusters.labels) + torch.cat(second, 2) / 2
     weights: Tensor = (SHARE * exponent).clamp(-LIMIT, LIMIT).exp()
     return weights
-
-
-def _of_token(means: Tensor, labels: Tensor) -> Tensor:
-    """``[B, H, S, F]`` from ``[B, H, C, F]``: its cluster's row for every token."""
-    return means.gather(2, labels[..., None].expand(-1, -1, -1, means.shape[-1]))
