@@ -146,7 +146,7 @@ def cases() -> list[tuple[str, str, list[dict[str, Any]]]]:
 
     # What the papers describe: Euclidean clusters, as many as in the pilot or as many as ours.
     few = {"q_clusters": 100, "k_clusters": 300}
-    plain = {"metric": "euclidean", "routing": "mass", "tail_order": 1, "budget": "row"}
+    plain = {"metric": "euclidean", "routing": "mass", "tail_order": 1}
     ear = {**plain, "routing": "weight_error"}
     return [
         ("radial", "radial", [{"decay": d} for d in (0.05, 0.2, 0.5, 1.0)]),
@@ -168,7 +168,9 @@ def cases() -> list[tuple[str, str, list[dict[str, Any]]]]:
         ("semantic, Euclidean", "semantic", by_density(metric="euclidean")),
         ("semantic, by mass", "semantic", by_density(routing="mass")),
         ("semantic, tail of order 1", "semantic", by_density(tail_order=1)),
-        ("semantic, budget per row", "semantic", by_density(budget="row")),
+        ("semantic, budget per head", "semantic", by_density(budget="head")),
+        ("semantic, groups of clusters", "semantic", by_density(k_clusters=512, k_groups=256)),
+        ("semantic, 512 key clusters", "semantic", by_density(k_clusters=512)),
         ("semantic, by output error", "semantic", by_density(routing="output_error")),
         ("semantic, values .1, output error", "semantic", by_density(values=0.1, routing="output_error")),
         ("auto, semantic alone", "auto", [{"cost": c, "candidates": "semantic"} for c in AUTO_COSTS]),

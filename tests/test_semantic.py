@@ -34,7 +34,7 @@ def test_everything_kept_is_dense_attention(grid, budget):
 def test_every_query_cluster_reads_its_budget_of_keys(density):
     grid = VideoGrid(5, 9, 11)
     qkv = tensors(grid)
-    made = plan(grid, qkv, density=density, k_clusters=40, budget="row")
+    made = plan(grid, qkv, density=density, k_clusters=40)
     keys = (made.block_mask * made.k_sizes[:, :, None]).sum(-1)
     # The best cluster is kept whatever it costs; none is cut.
     slack = made.k_sizes.max()

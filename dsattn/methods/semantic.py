@@ -55,9 +55,9 @@ class SemanticConfig:
     Args:
         density: share of the keys that queries read exactly, in (0, 1], text and prefix included; 0.06 if no budget is
             given.
-        budget: ``"head"``: ``density`` is the mean over the queries of a head, and the best pairs of query and key
-            clusters are read: query clusters that gain most read most, those of few queries less, as kernels work in
-            tiles. ``"row"``: every query cluster reads so much.
+        budget: ``"row"``: every query cluster reads so much. ``"head"``: ``density`` is the mean over the queries of a
+            head, and the best pairs of query and key clusters are read: query clusters that gain most read most, those
+            of few queries less, as kernels work in tiles.
         top_p: keep the best key clusters until their share of the estimated softmax mass reaches ``top_p``, in
             (0, 1]; the cluster that crosses the mark is kept.
         target_error: keep as little, head by head, as brings the relative L2 error of the output down to this, in
@@ -87,7 +87,7 @@ class SemanticConfig:
     """
 
     density: Table | None = None
-    budget: BudgetOf = "head"
+    budget: BudgetOf = "row"
     top_p: Table | None = None
     target_error: Table | None = None
     rows: int = 64
