@@ -52,11 +52,6 @@ def kind(report: dict[str, Any]) -> str:
     return {"dsattn.profile-report": "profile", "dsattn.quality": "quality"}.get(name, "compare")
 
 
-def is_profile(report: dict[str, Any]) -> bool:
-    """Whether a report is one of ``dsattn profile``."""
-    return kind(report) == "profile"
-
-
 def why_invalid(value: Any, schema: str) -> str | None:
     """What is wrong with a value, None if it is as its schema says."""
     from jsonschema.exceptions import best_match

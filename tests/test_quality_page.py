@@ -286,7 +286,7 @@ def test_pairs_play_side_by_side(browser, folder):
         until(page, ready)
         assert abs(page.evaluate(red, "dense") - 20) < 8 and abs(page.evaluate(red, "sparse") - 50) < 8
         until(page, "document.getElementById('frame-text').textContent === '1 of 9'")
-        assert "PSNR, dB 21.25" in page.locator("#frame-note").inner_text()
+        assert "PSNR 21.25 dB" in page.locator("#frame-note").inner_text()
         assert page.locator(".sparse figcaption").inner_text() == "Compared: topk"
         page.locator("#frame").focus()
         for _ in range(3):

@@ -14,7 +14,7 @@ Embed = Callable[[str | None], str | None]
 # Bytes of all clips together that a page carries; the rows of the others say so.
 LARGEST_IN_ALL = 64 * 2**20
 MIB = 2**20
-_NAMES = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS"}
+_NAMES = {"psnr": "PSNR", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips": "LPIPS"}
 
 
 class _Media:
@@ -230,7 +230,9 @@ def _words(video: dict[str, Any], seed: int) -> str:
     """A pair's figures for the line below the players."""
     if video["identical"]:
         return f"Seed {seed}. Both clips are identical."
-    known = [f"{_NAMES.get(m, m)} {_figure(m, video, 'fidelity')}" for m in video["fidelity"]]
+    known = [
+        f"{_NAMES.get(m, m)} {_figure(m, video, 'fidelity')}{' dB' if m == 'psnr' else ''}" for m in video["fidelity"]
+    ]
     return f"Seed {seed}. {'; '.join(known)} (means of frames)." if known else f"Seed {seed}."
 
 
