@@ -188,7 +188,13 @@ def _clips(
         base = found.get(reference)
         seed = next(iter(found.values()))["seed"]
         for name in others or [reference]:
-            row = {"prompt": prompt, "note": f"clip {index}, seed {seed}", "arm": name, "pair": None, "why": ""}
+            row: dict[str, Any] = {
+                "prompt": prompt,
+                "note": f"clip {index}, seed {seed}",
+                "arm": name,
+                "pair": None,
+                "why": "",
+            }
             row["cells"] = [_cell(part, metric, base, found.get(name), bool(others)) for part, metric in columns]
             rows.append(row)
             if not others:
