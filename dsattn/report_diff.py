@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dsattn.errors import UsageError
-from dsattn.report_file import is_profile
+from dsattn.report_file import kind
 from dsattn.report_view import hardware
 from dsattn.wording import gibibytes, middle, percent, seconds, times
 
@@ -41,11 +41,12 @@ def diff_reports(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any
 
     """
     for report in (first, second):
-        if is_profile(report):
-            raise UsageError(
-                f"'dsattn diff' compares reports of 'dsattn compare', got a {report['schema']}; a profile has no dense "
-                "run to be measured against"
-            )
+        why = {
+            "profile": "a profile has no dense run to be measured against",
+            "quality": "a suite has many clips: put the arms into one folder, vbench_eval.py compares them",
+        }.get(kind(report))
+        if why is not None:
+            raise UsageError(f"'dsattn diff' compares reports of 'dsattn compare', got a {report['schema']}; {why}")
     speed, fidelity = _against_speed(first, second), _against_fidelity(first, second)
     return {
         "schema": SCHEMA,

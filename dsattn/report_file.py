@@ -15,11 +15,12 @@ SCHEMAS = {
     "dsattn.report/2": "report.schema.json",
     "dsattn.profile-report/1": "profile_report.schema.json",
     "dsattn.profile-report/2": "profile_report.schema.json",
+    "dsattn.quality/1": "quality.schema.json",
 }
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """A report of ``dsattn compare`` or ``dsattn profile``, valid against its schema.
+    """A report of ``dsattn compare``, ``dsattn profile`` or a scored suite, valid against its schema.
 
     Raises:
         UsageError: the file cannot be read, is no JSON, or is no report of a known version.
@@ -37,17 +38,18 @@ def read_report(path: Path) -> dict[str, Any]:
     if not isinstance(name, str) or name not in SCHEMAS:
         raise UsageError(
             f"{path} is no report: its schema is {str(name)[:80]!r}, expected one of {', '.join(SCHEMAS)}; "
-            "'dsattn compare' and 'dsattn profile' write a report.json"
+            "'dsattn compare' and 'dsattn profile' write a report.json, scripts/vbench_eval.py a quality.json"
         )
-    if problem := why_invalid(value, SCHEMAS[name]):
+    if problem := why_invalid(value, SCHEMAS[name]) or _strange_arm(value):
         raise UsageError(f"report {path} is damaged: {problem}; run the command in it again")
     checked: dict[str, Any] = value
     return checked
 
 
-def is_profile(report: dict[str, Any]) -> bool:
-    """Whether a report is one of ``dsattn profile``."""
-    return str(report["schema"]).startswith("dsattn.profile-report/")
+def kind(report: dict[str, Any]) -> str:
+    """``compare``, ``profile`` or ``quality``: what a report is of."""
+    name = str(report["schema"]).partition("/")[0]
+    return {"dsattn.profile-report": "profile", "dsattn.quality": "quality"}.get(name, "compare")
 
 
 def why_invalid(value: Any, schema: str) -> str | None:
@@ -59,6 +61,15 @@ def why_invalid(value: Any, schema: str) -> str | None:
         return None
     where = "/".join(map(str, error.absolute_path)) or "the whole"
     return f"{where}: {error.message[:200]}"
+
+
+def _strange_arm(report: dict[str, Any]) -> str | None:
+    """A name in a suite's report that none of its arms has; a schema cannot say it."""
+    if kind(report) != "quality":
+        return None
+    names = [report["reference"], *(video["arm"] for video in report["videos"])]
+    strange = next((name for name in names if name not in report["arms"]), None)
+    return None if strange is None else f"it has no arm {strange[:80]!r}"
 
 
 @lru_cache

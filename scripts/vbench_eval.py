@@ -7,7 +7,8 @@
 What needs no weights is computed here. Other dimensions of VBench are computed by its own package, from an
 environment of its own (`pip install torch torchvision vbench==0.1.5 'setuptools<81'`), or read from a file that it
 wrote elsewhere. Writes quality.json, quality.md and VBench's own JSON files into the folder. A video that cannot be
-read is named, the rest is scored, and the exit code is 1.
+read is named, the rest is scored, and the exit code is 1. `dsattn report RUN/quality.json --html page.html` makes a
+page of it.
 """
 
 from __future__ import annotations

@@ -136,4 +136,4 @@ def test_profiles_cannot_be_compared():
     profile = {**old_report(), "schema": "dsattn.profile-report/2"}
     with pytest.raises(UsageError, match="no dense run"):
         diff_reports(old_report(), profile)
-    assert len(set(SCHEMAS.values())) == 2
+    assert len(set(SCHEMAS.values())) == 3

@@ -40,8 +40,8 @@
   const dense = $("dense"), sparse = $("sparse");
   if (dense && sparse) {
     const canvas = $("difference"), context = canvas.getContext("2d");
-    const frame = $("frame"), play = $("play"), last = data.frames - 1;
-    let playing = false, current = 0;
+    const frame = $("frame"), play = $("play"), clip = $("clip");
+    let playing = false, current = 0, last = data.frames - 1;
 
     const draw = () => {
       if (dense.readyState < 2 || sparse.readyState < 2) return;
@@ -59,8 +59,9 @@
     };
     const describe = () => {
       frame.value = current;
-      $("frame-text").textContent = `${current + 1} of ${data.frames}`;
-      frame.setAttribute("aria-valuetext", `frame ${current + 1} of ${data.frames}`);
+      $("frame-text").textContent = `${current + 1} of ${last + 1}`;
+      frame.setAttribute("aria-valuetext", `frame ${current + 1} of ${last + 1}`);
+      if (clip) return;
       const psnr = data.psnr[current], ssim = data.ssim[current];
       const words = psnr === null ? "equal to dense" : psnr === undefined ? "" : `PSNR ${psnr.toFixed(1)} dB`;
       $("frame-note").textContent = `Frame ${current + 1}: ${words}${typeof ssim === "number" ? `, SSIM ${ssim.toFixed(3)}` : ""}`;
@@ -111,12 +112,36 @@
       video.addEventListener("loadeddata", draw);
       video.addEventListener("click", () => play.click());
     }
-    $("rate").addEventListener("change", () => { for (const video of [dense, sparse]) video.playbackRate = Number($("rate").value); });
+    $("rate").addEventListener("change", () => { for (const video of [dense, sparse]) video.playbackRate = video.defaultPlaybackRate = Number($("rate").value); });
     $("gain").addEventListener("change", () => { $("gain-text").textContent = $("gain").value; draw(); });
     $("wipe").addEventListener("input", () => $("viewer").style.setProperty("--wipe", `${$("wipe").value}%`));
     choice("view", (value) => { $("viewer").dataset.view = value; draw(); });
     $("controls").hidden = false;
-    seek(0);
+    if (clip) {
+      // A suite has many pairs; their lengths are known once they are loaded.
+      const load = (index) => {
+        const pair = data.pairs[index];
+        stop();
+        clip.value = index;
+        dense.src = data.media[pair.dense];
+        sparse.src = data.media[pair.sparse];
+        $("sparse-name").textContent = pair.arm;
+        $("frame-note").textContent = pair.words;
+      };
+      dense.addEventListener("loadedmetadata", () => {
+        last = Math.max(0, Math.round(dense.duration * data.fps) - 1);
+        frame.max = last;
+        seek(0);
+      });
+      clip.addEventListener("change", () => load(Number(clip.value)));
+      for (const button of document.querySelectorAll("[data-pair]")) {
+        button.hidden = false;
+        button.addEventListener("click", () => { load(Number(button.dataset.pair)); $("video").scrollIntoView(); play.focus({ preventScroll: true }); });
+      }
+      load(0);
+    } else {
+      seek(0);
+    }
   }
 
   // ---- heads, layers and steps ---------------------------------------------------------------------------------

@@ -12,12 +12,14 @@ from markupsafe import Markup
 
 from dsattn.html.compare_view import compare_view
 from dsattn.html.profile_view import profile_view
-from dsattn.report_file import is_profile
+from dsattn.html.quality_view import quality_view
+from dsattn.report_file import kind
 from dsattn.video import atomic
 
 _MIME = {".mp4": "video/mp4", ".png": "image/png"}
 # What a page carries at most of each file; larger ones are named instead.
 LARGEST = 64 * 2**20
+VIEWS = {"compare": compare_view, "profile": profile_view, "quality": quality_view}
 
 
 def write_page(path: Path, report: dict[str, Any], folder: Path) -> None:
@@ -48,7 +50,7 @@ def render(report: dict[str, Any], folder: Path) -> str:
     def embed(name: str | None) -> str | None:
         return None if name is None else data_uri(folder, name)
 
-    page, data = profile_view(report, embed) if is_profile(report) else compare_view(report, embed)
+    page, data = VIEWS[kind(report)](report, embed)
     # Scripts run by their hash alone, so that no text of a report can become one.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return environment.from_string(template).render(

@@ -15,6 +15,7 @@ from dsattn.quality.folder import Folder
 from dsattn.quality.vbench import DIMENSIONS, totals, write_results
 from dsattn.report import environment, write_json
 
+# Described by quality.schema.json.
 SCHEMA = "dsattn.quality/1"
 FIDELITY = ("psnr", "ssim", "ms_ssim", "lpips")
 # VBench is for clips below this; VBench-Long for the others.
@@ -52,6 +53,9 @@ def build(result: Evaluation, command: str) -> dict[str, Any]:
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command,
+        "sampled_by": sorted(
+            {c.sidecar["command"] for clips in result.clips.values() for c in clips if "command" in c.sidecar}
+        ),
         "env": environment(),
         "run": {key: settings[key] for key in ("suite", "samples", "seed", "job", "fps", "model")},
         "prompts": len({entry["prompt_en"] for entry in settings["entries"]}),
@@ -99,6 +103,7 @@ def _arm(result: Evaluation, name: str) -> dict[str, Any]:
     return {
         "videos": len(clips),
         "expected": result.expected,
+        "config": next((clip.sidecar.get("config") for clip in clips), None),
         "identical_to_reference": sum(clip.identical for clip in clips),
         "density": _mean([clip.sidecar["density"]["all_calls"] for clip in clips]),
         "denoise_s": _median([clip.sidecar["times_s"]["denoise"] for clip in clips]),
