@@ -53,7 +53,7 @@ class SemanticConfig:
     ``target_error`` excludes the others.
 
     Args:
-        density: share of the keys that queries read exactly, in (0, 1], text and prefix included; 0.06 if no budget is
+        density: share of the keys that queries read exactly, in (0, 1], text and prefix included; 0.045 if no budget is
             given.
         budget: ``"row"``: every query cluster reads so much. ``"head"``: ``density`` is the mean over the queries of a
             head, and the best pairs of query and key clusters are read: query clusters that gain most read most, those
@@ -108,7 +108,7 @@ class SemanticConfig:
         require_one_of(density=self.density, target_error=self.target_error)
         require_one_of(top_p=self.top_p, target_error=self.target_error)
         if not require_shares(density=self.density, top_p=self.top_p, target_error=self.target_error):
-            object.__setattr__(self, "density", 0.06)
+            object.__setattr__(self, "density", 0.045)
         require("rows", self.rows, int, low=1)
         require("q_clusters", self.q_clusters, int, low=0)
         require("k_clusters", self.k_clusters, int, low=0)
