@@ -137,15 +137,15 @@ def random_case(shape: Shape, seed: int, starts_seed: int | None = None) -> Case
     for (b, h, i), row in kept.items():
         counts[b, h, i] = len(row)
         indices[b, h, i, : len(row)] = torch.tensor(row, dtype=torch.int32)
-    weights = draw.uniform(*lists, shape.k_len) * 3 + 0.1 if shape.weighted else None
     plan = BlockPlan(
         batch=shape.batch, heads=shape.heads, q_len=shape.q_len, k_len=shape.k_len,
         block_q=shape.block_q, block_k=shape.block_k, counts=counts, indices=indices,
         q_order=draw.permutations(q_order, shape.q_len) if shape.q_order else None,
         k_order=draw.permutations(k_order, shape.k_len) if shape.k_order else None,
         q_starts=q_starts, k_starts=k_starts, key_lengths=lengths, tail=shape.tail,
-        tail_weights=weights,
     )  # fmt: skip
+    if shape.weighted:
+        plan = replace(plan, tail_weights=draw.uniform(*lists, shape.k_len) * 3 + 0.1)
     return Case(f"seed {seed}, {shape}", q, k, v, plan, shape.scale)
 
 

@@ -13,7 +13,7 @@ from dsattn.call_maps import CallMaps
 from dsattn.video import write_mp4
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMITTED = sorted((ROOT / "benchmarks" / "results" / "cpu").glob("compare_*.json"))
+COMMITTED = sorted((ROOT / "tests" / "data").glob("compare_*.json"))
 
 
 def old_report() -> dict[str, Any]:

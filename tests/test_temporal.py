@@ -286,7 +286,8 @@ def test_heads_whose_order_stays_keep_their_verdicts():
 @pytest.mark.parametrize(("first", "then"), [("topk", "semantic"), ("semantic", "topk"), ("radial", "topk")])
 def test_blocks_of_another_kind_start_with_everything(first, then):
     """A base may go from fixed blocks to clusters and back, as auto may, or get an order."""
-    run = engine(base=first, threshold=-1)
+    options = {"density": 0.3} if first == "semantic" else {}
+    run = engine(base=first, threshold=-1, base_options=options)
     run(*local(), Call(0, 0, GRID))
     memory = run.state.entries["transformer", 0, "cond"].memory
     assert not bool((memory[BITS] == -1).all())
