@@ -58,7 +58,7 @@ CANDIDATES: dict[str, Candidate] = {
 # How far one round of measured errors may move the budget, and how far all of them together.
 FOLLOW = (0.5, 1.25)
 FACTORS = (0.2, 1.25)
-# Elements of the sampled rows' weights that are held at a time; profiling needs about 20 bytes for each.
+# Elements of the sampled rows' weights that are held at a time; profiling holds several times as many.
 WEIGHTS = 1 << 26
 
 
