@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from dsattn.pipelines.tiny import data
 from dsattn.pipelines.tiny.codec import PatchCodec
 from dsattn.pipelines.tiny.loader import load_tiny
+from dsattn.pipelines.tiny.render import render
 
 PROMPT_SEED = 20_260
 MIN_AREA = 0.004
@@ -104,7 +105,7 @@ def codec_psnr(codec: PatchCodec, scenes: list[data.Scene], frames: int, height:
     """PSNR in dB of the codec on rendered held-out clips (mean squared error over all clips, range 1)."""
     errors = []
     for scene in scenes:
-        clip = torch.from_numpy(data.render(scene, frames, height, width)).permute(3, 0, 1, 2)[None]
+        clip = torch.from_numpy(render(scene, frames, height, width)).permute(3, 0, 1, 2)[None]
         back = codec.decode(codec.encode(clip * 2 - 1), return_dict=False)[0]
         errors.append(float(((back + 1) / 2 - clip).square().mean()))
     return float(-10 * np.log10(np.mean(errors)))
@@ -151,7 +152,7 @@ def main(
     pipe = load_tiny(getattr(torch, dtype), weights_dir=weights)
     pipe.set_progress_bar_config(disable=True)
     options = {"guidance_scale": guidance} if guidance else {}
-    truth = score(scenes, [measure(data.render(s, frames, height, width)) for s in scenes])
+    truth = score(scenes, [measure(render(s, frames, height, width)) for s in scenes])
     typer.echo("measurement on rendered clips: " + ", ".join(f"{k} {v:.1%}" for k, v in truth.items()))
     psnr = codec_psnr(load_tiny(weights_dir=weights).vae, scenes, frames, height, width)
     typer.echo(f"codec PSNR on held-out clips: {psnr:.2f} dB")

@@ -29,6 +29,7 @@ from dsattn.pipelines.tiny import codec as patch_codec
 from dsattn.pipelines.tiny import data
 from dsattn.pipelines.tiny.loader import export_weights
 from dsattn.pipelines.tiny.model import FLOW_SHIFT, MAX_TEXT, build_text_encoder, build_tokenizer, build_transformer
+from dsattn.pipelines.tiny.render import render
 from dsattn.pipelines.tiny.training import CpuTrainingProcessor, Optimizer, gradient
 
 Z_DIM = 32
@@ -118,7 +119,7 @@ class Clips:
         noise = torch.randn(pairs, Z_DIM, frames, height, width, generator=generator).repeat_interleave(2, 0)[:count]
         mine = slice(self.rank, None, self.world)
         scenes, captions = scenes[mine], captions[mine]
-        videos = [data.render(s, 4 * frames - 3, 8 * height, 8 * width) for s in scenes]
+        videos = [render(s, 4 * frames - 3, 8 * height, 8 * width) for s in scenes]
         video = torch.from_numpy(np.stack(videos)).permute(0, 4, 1, 2, 3) * 2 - 1
         encoded = self.tokenizer(
             captions, padding="max_length", max_length=MAX_TEXT, truncation=True, return_tensors="pt"
@@ -134,7 +135,7 @@ def fit_codec(seed: int, clips: int) -> patch_codec.PatchCodec:
     rows = []
     for index in range(clips):
         height, width = ((256, 256), (192, 192), (256, 256), (96, 128))[index % 4]
-        video = torch.from_numpy(data.render(next(stream), 17, height, width)).permute(3, 0, 1, 2)[None] * 2 - 1
+        video = torch.from_numpy(render(next(stream), 17, height, width)).permute(3, 0, 1, 2)[None] * 2 - 1
         patches = patch_codec.to_patches(video).flatten(0, 3)
         rows.append(patches[torch.randperm(len(patches), generator=generator)[:300]])
     return patch_codec.fit(torch.cat(rows), Z_DIM, seed)

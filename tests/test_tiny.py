@@ -17,6 +17,7 @@ from dsattn.pipelines.tiny import data
 from dsattn.pipelines.tiny.codec import PatchCodec, from_patches, to_patches
 from dsattn.pipelines.tiny.loader import WEIGHTS, load_tiny, verify
 from dsattn.pipelines.tiny.model import MAX_TEXT, build_tokenizer
+from dsattn.pipelines.tiny.render import render
 from dsattn.pipelines.tiny.training import CpuTrainingProcessor
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
@@ -39,71 +40,8 @@ def codec() -> PatchCodec:
 
 def rendered(seed: int, count: int, frames: int, height: int, width: int, held_out: bool = True) -> torch.Tensor:
     stream = data.clips(seed, held_out=held_out)
-    videos = [data.render(next(stream), frames, height, width) for _ in range(count)]
+    videos = [render(next(stream), frames, height, width) for _ in range(count)]
     return torch.from_numpy(np.stack(videos)).permute(0, 4, 1, 2, 3) * 2 - 1
-
-
-# ---- data ----------------------------------------------------------------------------------------------------------
-
-
-def test_generator_is_a_function_of_its_seed() -> None:
-    def first(seed: int) -> list[data.Scene]:
-        stream = data.clips(seed)
-        return [next(stream) for _ in range(40)]
-
-    assert first(3) == first(3)
-    assert first(3) != first(4)
-    for scene in first(3)[:12]:
-        one, two = data.render(scene, 5, 40, 56), data.render(scene, 5, 40, 56)
-        assert one.shape == (5, 40, 56, 3) and one.dtype == np.float32
-        assert np.array_equal(one, two)
-        assert one.min() >= 0 and one.max() <= 1
-
-
-def test_held_out_combinations_never_appear_in_training() -> None:
-    held_out = set(data.held_out_combinations())
-    assert 10 <= len(held_out) <= 40
-    assert {c for c, _, _ in held_out} >= {"red", "green", "yellow"}
-    train, evaluation = data.clips(0), data.clips(0, held_out=True)
-    seen = {shape.combination for _ in range(3000) for shape in next(train).shapes}
-    assert not seen & held_out
-    assert len(seen) > 150  # nearly all of the others do
-    assert {next(evaluation).shapes[0].combination for _ in range(300)} == held_out
-
-
-def test_captions_name_what_is_shown() -> None:
-    stream = data.clips(5)
-    for _ in range(200):
-        scene = next(stream)
-        for shape in scene.shapes:
-            assert f"{shape.colour} {shape.shape}" in scene.caption
-            if shape.motion != "still":
-                assert any(phrase in scene.caption for phrase in data.DIRECTION_PHRASES[shape.motion])
-        assert f"{scene.background} background" in scene.caption
-        assert set(scene.caption.split()) <= set(data.vocabulary())
-
-
-def test_measured_colour_and_direction_match_the_caption() -> None:
-    evaluation = script("eval_tiny")
-    scenes = evaluation.held_out_scenes(24)
-    found = [evaluation.measure(data.render(s, 17, 96, 128)) for s in scenes]
-    assert evaluation.score(scenes, found) == {"colour": 1.0, "moves": 1.0, "direction": 1.0}
-
-
-def test_measurement_rejects_wrong_clips() -> None:
-    evaluation = script("eval_tiny")
-    scenes = evaluation.held_out_scenes(24)
-    backwards = [evaluation.measure(data.render(s, 17, 96, 96)[::-1]) for s in scenes]
-    assert evaluation.score(scenes, backwards)["direction"] == 0.0
-    frozen = [evaluation.measure(np.repeat(data.render(s, 1, 96, 96), 17, axis=0)) for s in scenes]
-    assert evaluation.score(scenes, frozen) == {"colour": 1.0, "moves": 0.0, "direction": 0.0}
-    empty = data.render_background("cloudy", 0, 96, 96)[None].repeat(17, axis=0)
-    assert evaluation.measure(empty).colour == "none"
-
-
-def test_unknown_attributes_are_named() -> None:
-    with pytest.raises(ValueError, match="background must be one of .*'lunar'"):
-        data.render_background("lunar", 0, 16, 16)
 
 
 # ---- tokenizer -----------------------------------------------------------------------------------------------------
