@@ -18,7 +18,6 @@ from dsattn.pipelines.tiny.codec import PatchCodec, from_patches, to_patches
 from dsattn.pipelines.tiny.loader import WEIGHTS, load_tiny, verify
 from dsattn.pipelines.tiny.model import MAX_TEXT, build_tokenizer
 from dsattn.pipelines.tiny.render import render
-from dsattn.pipelines.tiny.training import CpuTrainingProcessor
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
@@ -163,54 +162,3 @@ def test_defaults_are_the_small_models() -> None:
     with pytest.raises(InterruptedError):  # the shapes are all this test needs: the full size takes seconds
         pipe("a red circle", output_type="latent")
     assert shapes == [((1, pipe.vae.config.z_dim, 9, 32, 32), (1, MAX_TEXT, 128))]
-
-
-# ---- training ------------------------------------------------------------------------------------------------------
-
-
-def test_training_resumes_equal(tmp_path: Path) -> None:
-    training = script("train_tiny")
-
-    def settings(name: str, stop_after: int) -> object:
-        folder = tmp_path / name
-        folder.mkdir(exist_ok=True)
-        return training.Settings(
-            run=folder,
-            minutes=0.0,
-            steps=4,
-            stop_after=stop_after,
-            peak=2e-3,
-            tokens=500,
-            seed=3,
-            threads=1,
-            workers=1,
-            save_minutes=60.0,
-            export=folder / "export",
-            device="cpu",
-            codec_clips=8,
-        )
-
-    training.train(0, settings("whole", 3))
-    training.train(0, settings("halves", 2))
-    training.train(0, settings("halves", 1))
-    from safetensors.torch import load_file
-
-    whole, halves = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "halves"))
-    assert whole.keys() == halves.keys()
-    for name, tensor in whole.items():
-        assert torch.equal(tensor, halves[name]), name
-    assert json.loads((tmp_path / "halves" / "state.json").read_text())["step"] == 3
-    exported = load_tiny(weights_dir=tmp_path / "whole" / "export")
-    bias = exported.transformer.proj_out.bias
-    assert torch.equal(bias, whole["ema/transformer.proj_out.bias"])
-
-
-def test_training_attention_matches_the_stock_processor() -> None:
-    pipe = load_tiny()
-    generator = torch.Generator().manual_seed(1)
-    noisy = torch.randn(1, pipe.vae.config.z_dim, 3, 5, 7, generator=generator)
-    text = torch.randn(1, 6, 128, generator=generator)
-    want = pipe.transformer(noisy, torch.tensor([500.0]), text, return_dict=False)[0]
-    pipe.transformer.set_attn_processor(CpuTrainingProcessor())
-    got = pipe.transformer(noisy, torch.tensor([500.0]), text, return_dict=False)[0]
-    assert torch.allclose(got, want, atol=2e-4 * float(want.abs().max()))

@@ -1,7 +1,9 @@
-"""A linear space-time patch codec with the interface WanPipeline expects from its VAE.
+"""A space-time patch codec with the interface WanPipeline expects from its VAE.
 
 Each 4 x 8 x 8 block of RGB pixels is one vector of 768 numbers; PCA keeps `z_dim` of them. The first latent frame
-codes frame 0 alone (repeated four times), so n frames give (n - 1) / 4 + 1 latent frames, as in Wan.
+codes frame 0 alone (repeated four times), so n frames give (n - 1) / 4 + 1 latent frames, as in Wan. Encoding is
+linear; decoding adds what a small convolution over neighbouring latents has learnt about the rest, above all the
+edges that PCA alone leaves blocky.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 TEMPORAL, SPATIAL = 4, 8
 PATCH_VALUES = TEMPORAL * SPATIAL * SPATIAL * 3
@@ -40,12 +42,27 @@ def from_patches(patches: Tensor) -> Tensor:
     return torch.cat([first, video[:, :, TEMPORAL:]], dim=2)
 
 
+def build_refiner(z_dim: int, width: int) -> nn.Sequential:
+    """From the latents of 3 x 3 x 3 neighbours to a correction of the middle patch; it starts as none at all."""
+    refiner = nn.Sequential(
+        nn.Conv3d(z_dim, width, 3, padding=1, padding_mode="replicate"),
+        nn.GELU(),
+        nn.Conv3d(width, width, 1),
+        nn.GELU(),
+        nn.Conv3d(width, PATCH_VALUES, 1),
+    )
+    for parameter in (refiner[-1].weight, refiner[-1].bias):
+        nn.init.zeros_(parameter)
+    return refiner
+
+
 class PatchCodec(ModelMixin, ConfigMixin):
     """PCA patch codec. `decode` takes un-normalised latents `[B, z, f, h, w]`, as AutoencoderKLWan does.
 
     The pipeline maps model latents z to codec latents by z * latents_std + latents_mean. `latents_std` is the square
     root of each component's standard deviation (times a constant), which whitens half-way: strong components stay
-    stronger, so that noise hides layout last and detail first.
+    stronger, so that noise hides layout last and detail first. `refine_width` is the width of the learnt part of the
+    decoder; 0 leaves it out.
     """
 
     @register_to_config
@@ -56,10 +73,12 @@ class PatchCodec(ModelMixin, ConfigMixin):
         latents_std: list[float] | None = None,
         scale_factor_temporal: int = TEMPORAL,
         scale_factor_spatial: int = SPATIAL,
+        refine_width: int = 0,
     ) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(PATCH_VALUES))
         self.register_buffer("components", torch.zeros(z_dim, PATCH_VALUES))
+        self.refine = build_refiner(z_dim, refine_width) if refine_width else None
 
     @property
     def device(self) -> torch.device:
@@ -88,9 +107,15 @@ class PatchCodec(ModelMixin, ConfigMixin):
 
     def decode(self, latents: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Codec latents `[B, z, f, h, w]` -> video `[B, 3, 4f - 3, 8h, 8w]` clamped to [-1, 1]."""
-        patches = latents.movedim(1, -1).to(self.dtype) @ self.components + self.mean
-        video = from_patches(patches).clamp(-1.0, 1.0)
+        video = from_patches(self.decode_patches(latents.to(self.dtype))).clamp(-1.0, 1.0)
         return DecoderOutput(sample=video) if return_dict else (video,)
+
+    def decode_patches(self, latents: Tensor) -> Tensor:
+        """Codec latents `[B, z, f, h, w]` -> patches `[B, f, h, w, 768]`."""
+        patches: Tensor = latents.movedim(1, -1) @ self.components + self.mean
+        if self.refine is not None:
+            patches = patches + self.refine(self.normalise(latents)).movedim(1, -1)
+        return patches
 
     def forward(self, video: Tensor) -> Any:
         """Encode and decode."""

@@ -1,4 +1,8 @@
-"""Load the small text-to-video model that ships with the package: no network, no pickle, checksums verified."""
+"""Load the small text-to-video models that ship with the package: no network, no pickle, checksums verified.
+
+Both work in the latents of one codec, which lies with the first model's weights; the second model's checksums name it,
+so that neither can be loaded with another.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,11 @@ from typing import Any
 
 import torch
 from diffusers import WanPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from dsattn.pipelines.tiny.codec import PatchCodec
+from dsattn.pipelines.tiny.joint import JointCodec, TinyJointPipeline, build_joint_transformer
 from dsattn.pipelines.tiny.model import (
     GUIDANCE,
     MAX_TEXT,
@@ -25,8 +30,13 @@ from dsattn.pipelines.tiny.model import (
 from dsattn.presets import SHIPPED
 
 WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS_JOINT = Path(__file__).parent / "weights_joint"
+FOLDERS = {"tiny": WEIGHTS, "tiny-joint": WEIGHTS_JOINT}
+"""The shipped models by name, and where their weights are."""
 CHECKSUMS = "checksums.json"
-_FILES = ("codec.safetensors", "text_encoder.safetensors", "transformer.safetensors", "config.json")
+CODEC = "codec.safetensors"
+_FILES = (CODEC, "text_encoder.safetensors", "transformer.safetensors", "config.json")
+_SCALE = ".scale"
 
 
 class TinyPipeline(WanPipeline):
@@ -42,7 +52,7 @@ class TinyPipeline(WanPipeline):
             "num_frames": 33,
             "num_inference_steps": 20,
             "guidance_scale": GUIDANCE,
-            "max_sequence_length": MAX_TEXT,
+            "max_sequence_length": self.tokenizer.model_max_length,
         }
         return super().__call__(prompt, **(defaults | options))
 
@@ -51,8 +61,14 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def _file(folder: Path, name: str) -> Path:
+    """A weights file; the codec may also be the package's."""
+    path = folder / name
+    return WEIGHTS / name if name == CODEC and not path.is_file() else path
+
+
 def verify(folder: Path) -> None:
-    """Check every weights file against `checksums.json`.
+    """Check every weights file against `checksums.json`; the codec is the package's where the folder has none.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -66,7 +82,7 @@ def verify(folder: Path) -> None:
         )
     expected = json.loads(listing.read_text())
     for name in _FILES:
-        path = folder / name
+        path = _file(folder, name)
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: expected the small model's weights; reinstall dsattn")
         got = _digest(path)
@@ -86,8 +102,37 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def load_codec(folder: Path, cls: type[PatchCodec] = PatchCodec) -> PatchCodec:
+    """The codec of a weights folder, in float32; `cls` is the class to make of it."""
+    codec = cls(**json.loads((folder / "config.json").read_text())["codec"])
+    codec.load_state_dict(load_file(_file(folder, CODEC)))
+    return codec.eval()
+
+
+def _load(folder: Path, name: str) -> dict[str, Tensor]:
+    stored = load_file(folder / f"{name}.safetensors")
+    return {n: _expand(t, stored.get(n + _SCALE)) for n, t in stored.items() if not n.endswith(_SCALE)}
+
+
+def _parts(folder: Path, dtype: torch.dtype, codec: PatchCodec, transformer: nn.Module) -> dict[str, Any]:
+    """Components of a pipeline, filled from `folder`."""
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = build_tokenizer(config["vocabulary"], config["max_text"])
+    text_encoder = build_text_encoder(len(tokenizer))
+    text = _load(folder, "text_encoder")
+    text_encoder.load_state_dict(text | {"encoder.embed_tokens.weight": text["shared.weight"]})
+    transformer.load_state_dict(_load(folder, "transformer"))
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": _cast(text_encoder, dtype),
+        "transformer": _cast(transformer, dtype),
+        "vae": _cast(codec, dtype),
+        "scheduler": build_scheduler(),
+    }
+
+
 def load_tiny(torch_dtype: torch.dtype = torch.float32, weights_dir: str | Path | None = None) -> TinyPipeline:
-    """Build the pipeline from the packaged weights.
+    """Build the pipeline of the first model from the packaged weights.
 
     Args:
         torch_dtype: dtype of the transformer, text encoder and codec.
@@ -99,47 +144,103 @@ def load_tiny(torch_dtype: torch.dtype = torch.float32, weights_dir: str | Path 
     """
     folder = Path(weights_dir) if weights_dir is not None else WEIGHTS
     verify(folder)
-    config = json.loads((folder / "config.json").read_text())
-    tokenizer = build_tokenizer(config["vocabulary"])
-    codec = PatchCodec(**config["codec"])
-    text_encoder = build_text_encoder(len(tokenizer))
-    transformer = build_transformer(config["codec"]["z_dim"])
-    codec.load_state_dict(load_file(folder / "codec.safetensors"))
-    text = load_file(folder / "text_encoder.safetensors")
-    text_encoder.load_state_dict(text | {"encoder.embed_tokens.weight": text["shared.weight"]})
-    transformer.load_state_dict(load_file(folder / "transformer.safetensors"))
-    return TinyPipeline(
-        tokenizer=tokenizer,
-        text_encoder=_cast(text_encoder, torch_dtype),
-        transformer=_cast(transformer, torch_dtype),
-        vae=_cast(codec, torch_dtype),
-        scheduler=build_scheduler(),
-    )
+    codec = load_codec(folder)
+    return TinyPipeline(**_parts(folder, torch_dtype, codec, build_transformer(codec.config.z_dim)))
 
 
-def _compact(tensor: Tensor) -> Tensor:
-    """Large matrices are stored in float16 to halve the package, the rest in float32."""
-    return tensor.detach().to(torch.float16 if tensor.numel() > 32768 else torch.float32).contiguous()
+def load_tiny_joint(
+    torch_dtype: torch.dtype = torch.float32, weights_dir: str | Path | None = None
+) -> TinyJointPipeline:
+    """Build the pipeline of the second model, with text in the self-attention; otherwise as `load_tiny`."""
+    folder = Path(weights_dir) if weights_dir is not None else WEIGHTS_JOINT
+    verify(folder)
+    codec = load_codec(folder, JointCodec)
+    return TinyJointPipeline(**_parts(folder, torch_dtype, codec, build_joint_transformer(codec.config.z_dim)))
 
 
-def export_weights(folder: Path, codec: PatchCodec, weights: dict[str, Tensor]) -> None:
-    """Write the files that `load_tiny` reads. `weights` has the prefixes `transformer.` and `text_encoder.`."""
+def load_shipped(
+    name: str, torch_dtype: torch.dtype = torch.float32, weights_dir: str | Path | None = None
+) -> TinyPipeline | TinyJointPipeline:
+    """`load_tiny` or `load_tiny_joint` by the model's name.
+
+    Raises:
+        ValueError: there is no such model; otherwise as `load_tiny`.
+
+    """
+    if name not in FOLDERS:
+        raise ValueError(f"the shipped models are {', '.join(FOLDERS)}; got {name!r}")
+    return (load_tiny_joint if name == "tiny-joint" else load_tiny)(torch_dtype, weights_dir)
+
+
+def _compact(tensor: Tensor, bits: int) -> dict[str, Tensor]:
+    """How a tensor is stored, by suffix of its name: large ones in float16, or in 8 bits with a scale per row."""
+    tensor = tensor.detach().float()
+    if tensor.numel() <= 32768:
+        return {"": tensor.contiguous()}
+    if bits == 16:
+        return {"": tensor.to(torch.float16).contiguous()}
+    scale = tensor.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+    return {"": (tensor / scale).round().to(torch.int8).contiguous(), _SCALE: scale}
+
+
+def _expand(tensor: Tensor, scale: Tensor | None) -> Tensor:
+    return tensor.float() if scale is None else tensor.float() * scale
+
+
+def export_weights(folder: Path, codec: PatchCodec, weights: dict[str, Tensor], kind: str = "tiny") -> None:
+    """Write the files that the loader reads.
+
+    Args:
+        folder: made if need be.
+        codec: of the latents the model was trained on. Written for `tiny`, and only named for `tiny-joint`, whose
+            large matrices are stored in 8 bits: it has more of them, for text, and the package is to stay small.
+        weights: with the prefixes `transformer.` and `text_encoder.`.
+        kind: `tiny` or `tiny-joint`.
+
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    files: dict[str, dict[str, Tensor]] = {"codec.safetensors": dict(codec.state_dict())}
+    tensors = {CODEC: _codec_tensors(codec)}
     for part in ("transformer", "text_encoder"):
-        files[f"{part}.safetensors"] = {
-            n.removeprefix(f"{part}."): t for n, t in weights.items() if n.startswith(f"{part}.")
-        }
-    config = {
-        "codec": {k: v for k, v in codec.config.items() if not k.startswith("_")},
-        "vocabulary": build_vocabulary(),
-    }
-    fresh = {name: folder / f"{name}.tmp" for name in _FILES}
-    for name, tensors in files.items():
-        save_file({n: _compact(t) for n, t in tensors.items()}, fresh[name])
-    fresh["config.json"].write_text(json.dumps(config, indent=1) + "\n")
-    sums = {name: _digest(path) for name, path in fresh.items()}
-    for name, path in fresh.items():
-        path.chmod(0o644)
-        path.replace(folder / name)
-    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
+        file = tensors[f"{part}.safetensors"] = {}
+        for name, tensor in weights.items():
+            if name.startswith(f"{part}."):
+                stored = _compact(tensor, 8 if kind == "tiny-joint" else 16)
+                file |= {name.removeprefix(f"{part}.") + suffix: t for suffix, t in stored.items()}
+    config = {"codec": _codec_config(codec), "vocabulary": build_vocabulary(), "max_text": MAX_TEXT}
+    content = {name: save(file) for name, file in tensors.items()}
+    content["config.json"] = _json(config)
+    sums = {name: hashlib.sha256(content[name]).hexdigest() for name in _FILES}
+    if kind == "tiny-joint":
+        del content[CODEC]
+    _write(folder, content | {CHECKSUMS: _json(sums)})
+
+
+def replace_codec(folder: Path, codec: PatchCodec) -> None:
+    """Put another decoder beside a model's weights: same latents, so the weights stay as they are."""
+    config = json.loads((folder / "config.json").read_text()) | {"codec": _codec_config(codec)}
+    content = {CODEC: save(_codec_tensors(codec)), "config.json": _json(config)}
+    sums = json.loads((folder / CHECKSUMS).read_text())
+    sums |= {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
+    if not (folder / CODEC).is_file():
+        del content[CODEC]  # this model uses the codec of the first one
+    _write(folder, content | {CHECKSUMS: _json(sums)})
+
+
+def _codec_config(codec: PatchCodec) -> dict[str, Any]:
+    return {k: v for k, v in codec.config.items() if not k.startswith("_") and k != "scaling_factor"}
+
+
+def _codec_tensors(codec: PatchCodec) -> dict[str, Tensor]:
+    return {name: _compact(tensor, 16)[""] for name, tensor in codec.state_dict().items()}
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _write(folder: Path, content: dict[str, bytes]) -> None:
+    """Write files one by one, each whole or not at all; the checksums come last."""
+    for name, data in content.items():
+        fresh = folder / f"{name}.tmp"
+        fresh.write_bytes(data)
+        fresh.replace(folder / name)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from dsattn.pipelines.tiny.data import vocabulary
 
-MAX_TEXT = 32
+MAX_TEXT = 48
 """Prompt length in tokens; training pads to the same length because WanPipeline does not mask cross-attention."""
 TEXT_DIM = 128
 FLOW_SHIFT = 5.0
@@ -25,8 +25,14 @@ def build_vocabulary() -> dict[str, int]:
     return {token: index for index, token in enumerate(tokens)}
 
 
-def build_tokenizer(vocab: dict[str, int] | None = None) -> PreTrainedTokenizerFast:
-    """Word-level tokenizer in memory; words outside the grammar fall apart into the longest known pieces."""
+def build_tokenizer(vocab: dict[str, int] | None = None, max_text: int = MAX_TEXT) -> PreTrainedTokenizerFast:
+    """Word-level tokenizer in memory; words outside the grammar fall apart into the longest known pieces.
+
+    Args:
+        vocab: token to index (default: `build_vocabulary`).
+        max_text: prompt length in tokens, of which the last one is the end of the text.
+
+    """
     model = models.WordPiece(vocab=vocab or build_vocabulary(), unk_token="<unk>", max_input_chars_per_word=64)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -39,7 +45,7 @@ def build_tokenizer(vocab: dict[str, int] | None = None) -> PreTrainedTokenizerF
         pad_token="<pad>",
         eos_token="</s>",
         unk_token="<unk>",
-        model_max_length=MAX_TEXT,
+        model_max_length=max_text,
     )
 
 

@@ -1,0 +1,154 @@
+"""What one training step of the small models sees: clips, captions, noise levels and the tokens that are kept.
+
+Grids grow over the budget. Large grids are mostly seen through a random part of their tokens, two by two: the positions
+and the content of a token are those of the large grid, the cost is that of a small one. Whole large grids follow at the
+end, because a model that never saw neighbours on all sides does not use them well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dsattn.pipelines.tiny import data
+from dsattn.pipelines.tiny.codec import SPATIAL, TEMPORAL, PatchCodec
+from dsattn.pipelines.tiny.model import FLOW_SHIFT, MAX_TEXT, build_tokenizer
+from dsattn.pipelines.tiny.render import render
+
+Grid = tuple[int, int, int]
+"""Latent frames, height and width."""
+
+SMALL: tuple[Grid, ...] = ((5, 8, 8), (9, 8, 8), (7, 8, 10), (6, 10, 8), (5, 12, 12), (9, 12, 12), (9, 10, 14))
+MIDDLE: tuple[Grid, ...] = ((9, 16, 16), (7, 20, 20), (9, 16, 20), (9, 20, 16), (13, 14, 14))
+LARGE: tuple[Grid, ...] = ((9, 32, 32), (9, 32, 32), (9, 24, 24), (9, 24, 32), (7, 40, 40), (13, 20, 20))
+FULL: tuple[Grid, ...] = ((9, 24, 24), (9, 24, 24), (9, 20, 28), (9, 32, 32))
+KEPT_TOKENS = 1600
+"""Tokens of a clip that are kept of a large grid seen in part."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Shares of small, middle, large (in part) and full (large, whole) grids up to `until` of the budget."""
+
+    until: float
+    shares: tuple[float, float, float, float]
+
+
+GROWING = (
+    Phase(0.40, (0.60, 0.10, 0.30, 0.0)),
+    Phase(0.75, (0.35, 0.25, 0.40, 0.0)),
+    Phase(0.90, (0.20, 0.40, 0.30, 0.10)),
+    Phase(math.inf, (0.10, 0.35, 0.20, 0.35)),
+)
+
+
+def pick_grid(rng: np.random.Generator, fraction: float, phases: Sequence[Phase] = GROWING) -> tuple[Grid, bool]:
+    """A grid for a step at `fraction` of the budget, and whether it is seen in part."""
+    shares = next(p.shares for p in phases if fraction < p.until)
+    index = int(rng.choice(4, p=shares))
+    family = (SMALL, MIDDLE, LARGE, FULL)[index]
+    return family[int(rng.integers(len(family)))], index == 2
+
+
+def pick_positions(rng: np.random.Generator, grid: Grid, keep: int) -> Tensor:
+    """About `keep` positions (frame, row, column) of a grid, in random blocks of 2 x 2 tokens; `[n, 3]`, in order."""
+    frames, height, width = grid
+    rows, cols = -(-height // 2), -(-width // 2)
+    blocks = frames * rows * cols
+    count = min(blocks, max(1, round(keep / 4)))
+    chosen = np.zeros(blocks, bool)
+    chosen[rng.permutation(blocks)[:count]] = True
+    kept = chosen.reshape(frames, rows, cols).repeat(2, axis=1).repeat(2, axis=2)[:, :height, :width]
+    return torch.from_numpy(np.argwhere(kept))
+
+
+def sample_noise_levels(batch: int, generator: torch.Generator) -> Tensor:
+    """Logit-normal with the scheduler's shift; a quarter of the samples is unshifted so that detail is learnt too."""
+    normal = torch.randn(batch, generator=generator)
+    shifted = normal * 1.1 + math.log(FLOW_SHIFT) + 0.6
+    plain = normal + 0.3
+    keep = torch.rand(batch, generator=generator) < 0.75
+    return torch.sigmoid(torch.where(keep, shifted, plain)).clamp(0.002, 0.9995)
+
+
+@dataclass
+class Batch:
+    """Inputs of one step. Latents and noise are `[B, z, n]`, the tokens at `positions` `[n, 3]` of the grid."""
+
+    latents: Tensor
+    noise: Tensor
+    positions: Tensor
+    tokens: Tensor  # [B, MAX_TEXT] of the caption
+    mask: Tensor  # [B, MAX_TEXT]
+    level: Tensor  # [B], noise level in (0, 1)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+class Clips:
+    """Draws, renders and encodes the clips of one step; everything follows from (seed, step)."""
+
+    def __init__(self, codec: PatchCodec, seed: int, tokens_per_step: int, rank: int = 0, world: int = 1) -> None:
+        self.codec, self.seed, self.tokens_per_step = codec, seed, tokens_per_step
+        self.rank, self.world = rank, world
+        self.tokenizer = build_tokenizer()
+
+    def batch(self, step: int, fraction: float, grid: Grid | None = None) -> Batch:
+        """Draw the share of one worker in step `step`; a `grid` that is given is seen whole."""
+        rng = np.random.default_rng((self.seed, step))
+        picked, in_part = (grid, False) if grid else pick_grid(rng, fraction)
+        everything = math.prod(picked)
+        positions = pick_positions(rng, picked, KEPT_TOKENS if in_part else everything)
+        count = max(1, round(self.tokens_per_step / (len(positions) * self.world))) * self.world
+        # In pairs that differ in the motion alone, noise included: what the two gradients share cancels, and what is
+        # left is about the words for the motion, the last thing such a model learns.
+        pairs = -(-count // 2)
+        scenes = []
+        for _ in range(pairs):
+            scene = data.sample_scene(rng)
+            scenes += [scene, data.other_motion(scene, rng)]
+        captions = ["" if rng.random() < 0.1 else s.caption for s in scenes]
+        # Drawn for the whole batch and then shared out, so that a step does not depend on the number of workers.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        level = sample_noise_levels(pairs, generator).repeat_interleave(2)
+        noise = torch.randn(pairs, self.codec.config.z_dim, len(positions), generator=generator).repeat_interleave(2, 0)
+        mine = slice(self.rank, count, self.world)
+        return self.encode(scenes[mine], captions[mine], picked, positions, level[mine], noise[mine])
+
+    def encode(
+        self,
+        scenes: Sequence[data.Scene],
+        captions: Sequence[str],
+        grid: Grid,
+        positions: Tensor,
+        level: Tensor,
+        noise: Tensor,
+    ) -> Batch:
+        """Render and encode scenes on `grid` and keep the tokens at `positions`."""
+        frames, height, width = grid
+        size = (TEMPORAL * (frames - 1) + 1, SPATIAL * height, SPATIAL * width)
+        video = torch.from_numpy(np.stack([render(s, *size) for s in scenes])).permute(0, 4, 1, 2, 3) * 2 - 1
+        latents = self.codec.normalise(self.codec.encode(video))
+        f, y, x = positions.unbind(1)
+        text = self.tokenizer(
+            list(captions), padding="max_length", max_length=MAX_TEXT, truncation=True, return_tensors="pt"
+        )
+        return Batch(latents[:, :, f, y, x], noise, positions, text.input_ids, text.attention_mask, level)
+
+    def held_out(self, count: int, grid: Grid, levels: Sequence[float]) -> list[Batch]:
+        """Held-out clips, always the same, one batch per noise level: what the loss is compared on between steps."""
+        stream = data.clips(self.seed + 977, held_out=True)
+        scenes = [next(stream) for _ in range(count)]
+        positions = pick_positions(np.random.default_rng(0), grid, math.prod(grid))
+        noise = torch.randn(
+            count, self.codec.config.z_dim, len(positions), generator=torch.Generator().manual_seed(self.seed)
+        )
+        captions = [s.caption for s in scenes]
+        return [self.encode(scenes, captions, grid, positions, torch.full((count,), level), noise) for level in levels]

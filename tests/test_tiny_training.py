@@ -1,0 +1,213 @@
+"""Training of the small models: batches, chosen positions, attention, resumption, and the codec's decoder."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dsattn.pipelines.tiny import batches, data
+from dsattn.pipelines.tiny.loader import WEIGHTS, load_codec, load_tiny
+from dsattn.pipelines.tiny.model import build_tokenizer
+from dsattn.pipelines.tiny.trainable import build_trainable, carry_words
+from dsattn.pipelines.tiny.training import CpuTrainingProcessor
+from tests.test_tiny import script
+
+
+@pytest.fixture(scope="module")
+def clips() -> batches.Clips:
+    return batches.Clips(load_codec(WEIGHTS), seed=5, tokens_per_step=1500)
+
+
+# ---- batches -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [(3, 8, 8), (5, 7, 9), (1, 1, 1)])
+@pytest.mark.parametrize("keep", [1, 40, 10_000])
+def test_positions_are_blocks_of_the_grid(grid: batches.Grid, keep: int) -> None:
+    positions = batches.pick_positions(np.random.default_rng(0), grid, keep)
+    assert positions.shape[1] == 3 and len(positions.unique(dim=0)) == len(positions)
+    assert torch.all(positions >= 0) and torch.all(positions < torch.tensor(grid))
+    if keep >= math.prod(grid):
+        order = torch.cartesian_prod(*(torch.arange(n) for n in grid)).reshape(-1, 3)
+        assert torch.equal(positions, order)
+    else:
+        assert len(positions) <= keep + 3
+        kept = {tuple(p) for p in positions.tolist()}
+        for f, y, x in kept:  # whole blocks, as far as the grid goes
+            block = {(f, y // 2 * 2 + i, x // 2 * 2 + j) for i in (0, 1) for j in (0, 1)}
+            assert {b for b in block if b[1] < grid[1] and b[2] < grid[2]} <= kept
+
+
+def test_batches_follow_from_seed_and_step_whatever_the_number_of_workers(clips: batches.Clips) -> None:
+    whole = clips.batch(7, 0.3)
+    again = batches.Clips(clips.codec, 5, 1500).batch(7, 0.3)
+    assert torch.equal(whole.latents, again.latents) and torch.equal(whole.tokens, again.tokens)
+    one, two = (batches.Clips(clips.codec, 5, 1500, rank, 2).batch(7, 0.3) for rank in (0, 1))
+    shared = min(2 * len(one.level), len(whole.level)) // 2
+    assert torch.equal(one.latents[:shared], whole.latents[0::2][:shared])
+    assert torch.equal(two.noise[:shared], whole.noise[1::2][:shared])
+
+
+def test_pairs_share_noise_and_level_and_differ_in_motion(clips: batches.Clips) -> None:
+    batch = clips.batch(3, 0.0, (5, 8, 8))
+    assert len(batch.level) >= 4
+    assert torch.equal(batch.noise[0], batch.noise[1]) and batch.level[0] == batch.level[1]
+    assert not torch.equal(batch.noise[1], batch.noise[2])
+    assert not torch.equal(batch.latents[0], batch.latents[1])
+
+
+def test_tokens_of_a_part_are_those_of_the_whole(clips: batches.Clips) -> None:
+    scenes = [data.sample_scene(np.random.default_rng(i)) for i in range(2)]
+    grid, level = (3, 6, 8), torch.tensor([0.5, 0.5])
+    everything = batches.pick_positions(np.random.default_rng(0), grid, 1000)
+    some = batches.pick_positions(np.random.default_rng(1), grid, 40)
+    noise = torch.zeros(2, 32, 1)
+    whole = clips.encode(scenes, ["", "a red circle"], grid, everything, level, noise)
+    part = clips.encode(scenes, ["", "a red circle"], grid, some, level, noise)
+    index = (everything[None] == some[:, None]).all(2).int().argmax(1)
+    assert torch.equal(part.latents, whole.latents[:, :, index])
+
+
+def test_every_phase_and_grid_is_reached() -> None:
+    rng = np.random.default_rng(0)
+    assert {g for _ in range(400) for g, _ in [batches.pick_grid(rng, 0.1)]} == {
+        *batches.SMALL,
+        *batches.MIDDLE,
+        *batches.LARGE,
+    }
+    late = [batches.pick_grid(rng, 0.99) for _ in range(400)]
+    assert {g for g, in_part in late if in_part} == set(batches.LARGE)
+    assert (9, 32, 32) in {g for g, in_part in late if not in_part}
+    assert all(math.isclose(sum(p.shares), 1) for p in batches.GROWING) and math.isinf(batches.GROWING[-1].until)
+
+
+# ---- models in training --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny-joint"])
+def test_chosen_positions_are_the_stock_model(kind: str) -> None:
+    model = build_trainable(kind, 32, 0, WEIGHTS).eval()
+    stock = build_trainable(kind, 32, 0, WEIGHTS).eval()
+    stock.transformer.rope = type(load_tiny().transformer.rope)(64, (1, 1, 1), 128) if kind == "tiny" else _joint_rope()
+    generator = torch.Generator().manual_seed(0)
+    grid = (3, 5, 7)
+    noisy = torch.randn(2, 32, *grid, generator=generator)
+    tokens = torch.randint(3, 60, (2, 12), generator=generator)
+    mask = (torch.arange(12) < torch.tensor([[12], [7]])).long()
+    level = torch.tensor([0.5, 0.9])
+    seen = []
+    stock.transformer.register_forward_hook(lambda _, args, out: seen.append((args, out)))
+    positions = batches.pick_positions(np.random.default_rng(0), grid, 1000)
+    with torch.no_grad():
+        got = model(noisy.flatten(2), level, tokens, mask, positions)
+        text = stock.text_encoder(tokens, mask).last_hidden_state * mask[..., None]
+        if kind == "tiny":
+            want = stock.transformer(noisy, level * 1000, text, return_dict=False)[0]
+        else:
+            pooled = text.sum(1) / mask.sum(1, keepdim=True)
+            want = stock.transformer(noisy, level * 1000, text, mask, pooled, return_dict=False)[0]
+    assert torch.allclose(got, want.flatten(2), atol=2e-5 * float(want.abs().max()))
+    with pytest.raises(ValueError, match="105 positions were chosen for 6 tokens"):
+        model.transformer.rope.positions = positions
+        model.transformer.rope(torch.zeros(1, 32, 1, 1, 6))
+
+
+def _joint_rope() -> torch.nn.Module:
+    from dsattn.pipelines.tiny.joint import build_joint_transformer
+
+    return build_joint_transformer(32).rope
+
+
+def test_words_are_carried_by_spelling_and_kin() -> None:
+    torch.manual_seed(0)
+    source, target = (build_trainable("tiny", 32, seed).text_encoder for seed in (0, 1))
+    now = build_tokenizer().get_vocab()
+    old = {w: i for i, w in enumerate(reversed([w for w in now if w not in ("tiny", "disc", "shadow")]))}
+    before = target.shared.weight[now["shadow"]].clone()
+    carry_words(target, source, old)
+    for word in ("red", "moves", "<pad>", "##a"):
+        assert torch.equal(target.shared.weight[now[word]], source.shared.weight[old[word]])
+    for word, kin in (("tiny", "small"), ("disc", "circle")):
+        assert torch.equal(target.shared.weight[now[word]], source.shared.weight[old[kin]])
+    assert torch.equal(target.shared.weight[now["shadow"]], before)
+    assert torch.equal(
+        target.encoder.block[0].layer[0].SelfAttention.q.weight, source.encoder.block[0].layer[0].SelfAttention.q.weight
+    )
+
+
+def test_training_resumes_equal(tmp_path: Path) -> None:
+    training = script("train_tiny")
+
+    def settings(name: str, stop_after: int) -> object:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        return training.Settings(
+            run=folder,
+            minutes=0.0,
+            steps=4,
+            stop_after=stop_after,
+            peak=2e-3,
+            tokens=700,
+            seed=3,
+            threads=1,
+            workers=1,
+            save_minutes=60.0,
+            export=folder / "export",
+            device="cpu",
+            codec_clips=8,
+        )
+
+    training.train(0, settings("whole", 3))
+    training.train(0, settings("halves", 2))
+    training.train(0, settings("halves", 1))
+    from safetensors.torch import load_file
+
+    whole, halves = (load_file(tmp_path / name / "state.safetensors") for name in ("whole", "halves"))
+    assert whole.keys() == halves.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, halves[name]), name
+    assert json.loads((tmp_path / "halves" / "state.json").read_text())["step"] == 3
+    exported = load_tiny(weights_dir=tmp_path / "whole" / "export")
+    bias = exported.transformer.proj_out.bias
+    assert torch.equal(bias, whole["ema/transformer.proj_out.bias"])
+
+
+def test_training_attention_matches_the_stock_processor() -> None:
+    pipe = load_tiny()
+    generator = torch.Generator().manual_seed(1)
+    noisy = torch.randn(1, pipe.vae.config.z_dim, 3, 5, 7, generator=generator)
+    text = torch.randn(1, 6, 128, generator=generator)
+    want = pipe.transformer(noisy, torch.tensor([500.0]), text, return_dict=False)[0]
+    pipe.transformer.set_attn_processor(CpuTrainingProcessor())
+    got = pipe.transformer(noisy, torch.tensor([500.0]), text, return_dict=False)[0]
+    assert torch.allclose(got, want, atol=2e-4 * float(want.abs().max()))
+
+
+# ---- the codec's decoder -------------------------------------------------------------------------------------------
+
+
+def test_the_decoder_learns_and_latents_stay(tmp_path: Path) -> None:
+    import shutil
+
+    training = script("train_codec")
+    shutil.copytree(WEIGHTS, tmp_path / "weights")
+    plain = training.with_refiner(load_codec(WEIGHTS), 0)
+    codec = training.with_refiner(plain, 24)
+    video = training.draw(data.clips(3, held_out=True), (9, 64, 96))
+    latents = plain.encode(video)
+    assert torch.equal(codec.encode(video), latents)
+    assert torch.equal(codec.decode(latents).sample, plain.decode(latents).sample)  # nothing is learnt yet
+    training.train(codec, 0.0, 30, 0, 2e-3)
+    errors = [float((c.decode(latents).sample - video).square().mean()) for c in (plain, codec)]
+    assert errors[1] < errors[0]
+    before = (tmp_path / "weights" / "transformer.safetensors").read_bytes()
+    training.replace_codec(tmp_path / "weights", codec)
+    assert (tmp_path / "weights" / "transformer.safetensors").read_bytes() == before
+    stored = load_tiny(weights_dir=tmp_path / "weights").vae
+    assert stored.config.refine_width == 24
+    assert torch.allclose(stored.decode(latents).sample, codec.decode(latents).sample, atol=5e-3)
