@@ -2,10 +2,12 @@
 
     python scripts/train_tiny.py --run runs/tiny --minutes 100 --export pipelines/tiny/weights
     python scripts/train_tiny.py --run runs/joint --minutes 100 --kind tiny-joint --init pipelines/tiny/weights
+    python scripts/train_tiny.py --run runs/gpu --minutes 9 --init pipelines/tiny/weights --loaders 16   # with a GPU
 
 Flow matching in diffusers' convention: x_s = (1 - s) x0 + s noise, target noise - x0, timestep 1000 s. Clips are
 drawn on the fly; every random number of a step depends only on (seed, step), so a resumed run continues exactly where
-it stopped. The schedule (learning rate, grid mix) is a function of the fraction of the budget that is used up.
+it stopped. The schedule (learning rate, grid mix) is a function of the fraction of the budget that is used up. On a CPU
+one worker per core (`--workers`) is the fastest; `--init` starts from trained weights, in a new run.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 
 from dsattn.pipelines.tiny import codec as patch_codec
 from dsattn.pipelines.tiny import data
-from dsattn.pipelines.tiny.batches import Batch, Clips
+from dsattn.pipelines.tiny.batches import Batch, Clips, Loader
 from dsattn.pipelines.tiny.loader import export_weights, load_codec
 from dsattn.pipelines.tiny.render import render
 from dsattn.pipelines.tiny.trainable import build_trainable
@@ -103,6 +105,7 @@ class Settings:
     codec_clips: int = 400
     kind: str = "tiny"
     init: Path | None = None
+    loaders: int = 0
 
 
 class Run:
@@ -219,6 +222,7 @@ def train(rank: int, settings: Settings) -> None:
     state = Run(settings.run, settings)
     tokens = settings.tokens or (65536 if settings.device == "cuda" else 5760)
     clips = Clips(state.codec, settings.seed, tokens, rank, settings.workers)
+    loader = Loader(clips, state.step, settings.loaders)
     held_out = clips.held_out(HELD_OUT_CLIPS, HELD_OUT_GRID, HELD_OUT_LEVELS) if rank == 0 else []
     state.model.train()
     last_save, last_log, session, pairs = time.monotonic(), time.monotonic(), 0, []
@@ -232,7 +236,7 @@ def train(rank: int, settings: Settings) -> None:
         if fraction >= 1.0 or (settings.stop_after and session >= settings.stop_after):
             break
         rate = learning_rate(fraction, settings.peak)
-        record = training_step(state.model, state.optimizer, clips.batch(state.step, fraction), rate)
+        record = training_step(state.model, state.optimizer, loader.next(fraction), rate)
         state.step, session = state.step + 1, session + 1
         state.update_ema()
         state.seconds += time.monotonic() - started
@@ -253,6 +257,7 @@ def train(rank: int, settings: Settings) -> None:
     if rank == 0:
         checkpoint(state, settings, held_out)
         typer.echo(f"step {state.step}, {state.seconds / 60:.1f} min, checkpoint in {settings.run}")
+    loader.close()
     if settings.workers > 1:
         dist.destroy_process_group()
 
@@ -274,6 +279,7 @@ def main(
     device: str = typer.Option("auto"),
     kind: str = typer.Option("tiny", help="tiny or tiny-joint."),
     init: Path | None = typer.Option(None, help="Folder with weights of tiny to start from, its codec included."),
+    loaders: int = typer.Option(0, help="Processes that draw batches ahead; a GPU wants as many as there are cores."),
 ) -> None:
     """Train until the budget is used up."""
     if (minutes > 0) == (steps > 0):
@@ -296,6 +302,7 @@ def main(
         device,
         kind=kind,
         init=init,
+        loaders=loaders,
     )
     if workers > 1:
         torch.multiprocessing.spawn(train, args=(settings,), nprocs=workers)

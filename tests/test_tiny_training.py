@@ -86,6 +86,17 @@ def test_every_phase_and_grid_is_reached() -> None:
     assert all(math.isclose(sum(p.shares), 1) for p in batches.GROWING) and math.isinf(batches.GROWING[-1].until)
 
 
+def test_batches_drawn_ahead_are_the_same(clips: batches.Clips) -> None:
+    loader = batches.Loader(clips, first_step=4, processes=1)
+    try:
+        for step in (4, 5):
+            got, want = loader.next(0.2), clips.batch(step, 0.2)
+            for name in ("latents", "noise", "positions", "tokens", "mask", "level"):
+                assert torch.equal(getattr(got, name), getattr(want, name)), name
+    finally:
+        loader.close()
+
+
 # ---- models in training --------------------------------------------------------------------------------------------
 
 

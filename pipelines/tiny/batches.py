@@ -8,11 +8,16 @@ end, because a model that never saw neighbours on all sides does not use them we
 from __future__ import annotations
 
 import math
+import multiprocessing
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dsattn.pipelines.tiny import data
@@ -152,3 +157,48 @@ class Clips:
         )
         captions = [s.caption for s in scenes]
         return [self.encode(scenes, captions, grid, positions, torch.full((count,), level), noise) for level in levels]
+
+
+class Loader:
+    """Batches of successive steps, drawn ahead by `processes` others; 0 draws each when it is asked for.
+
+    A GPU takes batches faster than one core renders them. Drawn ahead, a batch is of the grids that its fraction of the
+    budget stood for when it was ordered, a few dozen steps before.
+    """
+
+    def __init__(self, clips: Clips, first_step: int, processes: int = 0) -> None:
+        self.clips, self.step, self.ahead = clips, first_step, 3 * processes
+        self.orders: deque[Future[dict[str, NDArray[Any]]]] = deque()
+        self.pool = None
+        if processes:
+            context = multiprocessing.get_context("spawn")  # a forked copy of a process with a GPU context would hang
+            self.pool = ProcessPoolExecutor(processes, context, initializer=_keep, initargs=(clips,))
+
+    def next(self, fraction: float) -> Batch:
+        """The batch of the next step."""
+        if self.pool is None:
+            self.step += 1
+            return self.clips.batch(self.step - 1, fraction)
+        while len(self.orders) < self.ahead:
+            self.orders.append(self.pool.submit(_draw, self.step, fraction))
+            self.step += 1
+        return Batch(**{name: torch.from_numpy(array) for name, array in self.orders.popleft().result().items()})
+
+    def close(self) -> None:
+        """Stop the processes; what they are drawing is thrown away."""
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+
+_kept: list[Clips] = []
+"""In a process of a `Loader`: what it draws from."""
+
+
+def _keep(clips: Clips) -> None:
+    torch.set_num_threads(1)
+    _kept.append(clips)
+
+
+def _draw(step: int, fraction: float) -> dict[str, NDArray[Any]]:
+    batch = _kept[0].batch(step, fraction)
+    return {f.name: getattr(batch, f.name).numpy() for f in fields(batch)}

@@ -44,16 +44,11 @@ def from_patches(patches: Tensor) -> Tensor:
 
 def build_refiner(z_dim: int, width: int) -> nn.Sequential:
     """From the latents of 3 x 3 x 3 neighbours to a correction of the middle patch; it starts as none at all."""
-    refiner = nn.Sequential(
-        nn.Conv3d(z_dim, width, 3, padding=1, padding_mode="replicate"),
-        nn.GELU(),
-        nn.Conv3d(width, width, 1),
-        nn.GELU(),
-        nn.Conv3d(width, PATCH_VALUES, 1),
-    )
-    for parameter in (refiner[-1].weight, refiner[-1].bias):
+    last = nn.Conv3d(width, PATCH_VALUES, 1)
+    for parameter in last.parameters():
         nn.init.zeros_(parameter)
-    return refiner
+    neighbours = nn.Conv3d(z_dim, width, 3, padding=1, padding_mode="replicate")
+    return nn.Sequential(neighbours, nn.GELU(), nn.Conv3d(width, width, 1), nn.GELU(), last)
 
 
 class PatchCodec(ModelMixin, ConfigMixin):

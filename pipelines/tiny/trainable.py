@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,8 @@ class TrainableTiny(nn.Module):
 
     def __init__(self, z_dim: int) -> None:
         super().__init__()
-        self.text_encoder = build_text_encoder(len(build_tokenizer()))
-        self.transformer = build_transformer(z_dim)
+        self.text_encoder: Any = build_text_encoder(len(build_tokenizer()))
+        self.transformer: Any = build_transformer(z_dim)
         nn.init.zeros_(self.transformer.proj_out.weight)
         self.transformer.rope = ChosenPositions(ROPE_AXES, ROPE_THETA, four_dims=True)
 
@@ -57,8 +58,8 @@ class TrainableJoint(nn.Module):
 
     def __init__(self, z_dim: int) -> None:
         super().__init__()
-        self.text_encoder = build_text_encoder(len(build_tokenizer()))
-        self.transformer = build_joint_transformer(z_dim)
+        self.text_encoder: Any = build_text_encoder(len(build_tokenizer()))
+        self.transformer: Any = build_joint_transformer(z_dim)
         nn.init.zeros_(self.transformer.proj_out.weight)
         self.transformer.rope = ChosenPositions(ROPE_AXES, ROPE_THETA, four_dims=False)
 
@@ -114,7 +115,7 @@ def build_trainable(kind: str, z_dim: int, seed: int, init: Path | None = None) 
 
 
 @torch.no_grad()
-def carry_words(target: nn.Module, source: nn.Module, vocab: dict[str, int]) -> None:
+def carry_words(target: Any, source: Any, vocab: dict[str, int]) -> None:
     """Copy a text encoder into one of today's vocabulary, word by word; `vocab` is the source's.
 
     A word that the source does not know starts as the first word of its group in the grammar that it does know (tiny
