@@ -15,6 +15,8 @@ _BUDGETS: dict[str, dict[str, Any]] = {
 PRESETS = tuple(_BUDGETS)
 
 SHIPPED = "shipped"
+SHIPPED_MODELS = ("tiny", "tiny-joint")
+"""Names of the models inside the package, for ``--model``; the first is the one without it."""
 # By model family: first steps that stay dense (share of the run) in `safe`, `balanced` and `fast`, and first layers
 # that stay dense. Measured on the shipped model alone, and there `balanced` alone (one prompt, 256 x 256, 33 frames, 20
 # steps, against dense: benchmarks/results/cpu/compare_auto_balanced_gradient_20_steps.json). The other families'

@@ -257,7 +257,10 @@ def test_methods_and_doctor(capsys):
     assert all(name in text for name in dsattn.METHODS) and "tail=pooled" in text
     assert run(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["devices"]["cpu"]["chosen"] in ("flex", "torch") and found["shipped_model"] == "intact"
+    assert found["devices"]["cpu"]["chosen"] in ("flex", "torch") and found["shipped_models"] == {
+        "tiny": "intact",
+        "tiny-joint": "intact",
+    }
     assert set(found["devices"]["cpu"]["impls"]) == {"triton", "flex", "torch", "reference"}
     assert found["devices"]["cpu"]["impls"]["torch"] is None
     assert run(["doctor"]) == 0

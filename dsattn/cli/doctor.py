@@ -12,11 +12,12 @@ from dsattn.cli.options import Json
 from dsattn.cli.output import print_json
 from dsattn.config import IMPLS
 from dsattn.functional import choose_impl, why_not
+from dsattn.presets import SHIPPED_MODELS
 from dsattn.report import environment
 
 
 def command(json: Json = False) -> None:
-    """Show versions, devices, which kernels can run and why, and whether the shipped model is intact."""
+    """Show versions, devices, which kernels can run and why, and whether the shipped models are intact."""
     found = examine()
     if json:
         print_json(found)
@@ -28,7 +29,8 @@ def command(json: Json = False) -> None:
     typer.echo(
         f"{'compiler':<14}{found['compiler'] or 'none found: install g++ or clang++ for compiled FlexAttention'}"
     )
-    typer.echo(f"{'shipped model':<14}{found['shipped_model']}")
+    for name, state in found["shipped_models"].items():
+        typer.echo(f"{name:<14}shipped model, {state}")
     for device, kernels in found["devices"].items():
         typer.echo(f"{device:<14}{kernels['name']}: dsattn chooses {kernels['chosen']} ({kernels['why']})")
         for impl, reason in kernels["impls"].items():
@@ -42,7 +44,7 @@ def examine() -> dict[str, Any]:
     return {
         "env": env,
         "compiler": next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None),
-        "shipped_model": _shipped_model(),
+        "shipped_models": {name: _shipped_model(name) for name in SHIPPED_MODELS},
         "devices": {device: _kernels(device, name) for device, name in names.items()},
     }
 
@@ -55,11 +57,11 @@ def _kernels(device: str, name: str) -> dict[str, Any]:
     return {"name": name, "chosen": chosen, "why": why, "impls": reasons}
 
 
-def _shipped_model() -> str:
+def _shipped_model(name: str) -> str:
     try:
         from dsattn.pipelines.tiny import loader
 
-        loader.verify(loader.WEIGHTS)
+        loader.verify(loader.FOLDERS[name])
     except (ImportError, OSError, ValueError) as error:
         return f"not usable: {' '.join(str(error).split())}"
     return "intact"

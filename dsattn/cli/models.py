@@ -15,7 +15,7 @@ from dsattn.cli.options import Request
 from dsattn.errors import UsageError
 from dsattn.functional import choose_impl
 from dsattn.measure import Job
-from dsattn.presets import SHIPPED
+from dsattn.presets import SHIPPED, SHIPPED_MODELS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -53,26 +53,31 @@ def prepare(request: Request) -> tuple[Request, Loaded]:
 
 
 def load(model: str | None, dtype: str, device: torch.device) -> Loaded:
-    """Load the shipped model, or a diffusers pipeline from a folder or the Hub.
+    """Load a shipped model (None: the first), or a diffusers pipeline from a folder or the Hub.
 
     Raises:
         UsageError: it cannot be loaded.
 
     """
     began = time.perf_counter()
-    if model is None:
-        pipe, revision = _shipped(DTYPES[dtype])
+    if model is None or is_shipped(model):
+        pipe, revision = _shipped(model or SHIPPED_MODELS[0], DTYPES[dtype])
     else:
         pipe, revision = _pretrained(model, DTYPES[dtype]), _revision(model)
     pipe = pipe.to(device)
     info = {
-        "id": model or SHIPPED,
+        "id": SHIPPED if model in (None, SHIPPED_MODELS[0]) else model,
         "revision": revision,
         "pipeline": type(pipe).__name__,
         "dtype": dtype,
         "device": str(device),
     }
     return Loaded(pipe, info, time.perf_counter() - began)
+
+
+def is_shipped(model: str | None) -> bool:
+    """Whether ``--model`` names a model inside the package; a folder of that name is given as ./NAME."""
+    return model is None or model in SHIPPED_MODELS
 
 
 def check_size(pipe: Any, job: Job) -> None:
@@ -97,8 +102,8 @@ def check_size(pipe: Any, job: Job) -> None:
 
 
 def note_unknown_words(model: str | None, prompt: str) -> None:
-    """Say on standard error which words the shipped model was never taught."""
-    if model is not None:
+    """Say on standard error which words the shipped models were never taught."""
+    if not is_shipped(model):
         return
     from dsattn.pipelines.tiny.data import DEFAULT_PROMPT, vocabulary
 
@@ -106,7 +111,7 @@ def note_unknown_words(model: str | None, prompt: str) -> None:
     unknown = sorted(words - set(vocabulary()) - {""})
     if unknown:
         typer.echo(
-            f"note: the shipped model draws coloured shapes and does not know: {', '.join(unknown)}; "
+            f"note: the shipped models draw coloured shapes and do not know: {', '.join(unknown)}; "
             f"it knows prompts like '{DEFAULT_PROMPT}'",
             err=True,
         )
@@ -127,14 +132,14 @@ def family_of(pipe: Any) -> str:
         raise UsageError(f"dsattn cannot be used on this {type(pipe).__name__}: {error}") from error
 
 
-def _shipped(dtype: torch.dtype) -> tuple[Any, str | None]:
+def _shipped(name: str, dtype: torch.dtype) -> tuple[Any, str | None]:
     from dsattn.pipelines.tiny import loader
 
     try:
-        pipe = loader.load_tiny(torch_dtype=dtype)
+        pipe = loader.load_shipped(name, torch_dtype=dtype)
     except (OSError, ValueError) as error:
-        raise UsageError(f"the shipped model cannot be loaded: {error}") from error
-    sums = json.loads((loader.WEIGHTS / loader.CHECKSUMS).read_text(encoding="utf-8"))
+        raise UsageError(f"the shipped model {name} cannot be loaded: {error}") from error
+    sums = json.loads((loader.FOLDERS[name] / loader.CHECKSUMS).read_text(encoding="utf-8"))
     return pipe, f"sha256:{sums['transformer.safetensors'][:16]}"
 
 
@@ -148,7 +153,10 @@ def _pretrained(model: str, dtype: torch.dtype) -> Any:
             )
         model = str(folder)
     elif model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise UsageError(f"--model {model} does not exist; expected a folder, or a Hub id such as Owner/Name")
+        raise UsageError(
+            f"--model {model} does not exist; expected {', '.join(SHIPPED_MODELS)}, a folder, or a Hub id such as "
+            "Owner/Name"
+        )
     from dsattn.pipelines.load import from_pretrained
 
     try:

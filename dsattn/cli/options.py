@@ -16,13 +16,17 @@ from dsattn.config import QUANTIZATIONS, Config, load_config
 from dsattn.engine import Engine
 from dsattn.errors import UsageError
 from dsattn.measure import Job
-from dsattn.presets import PRESETS, over_preset, preset
+from dsattn.presets import PRESETS, SHIPPED_MODELS, over_preset, preset
 
 Prompt = Annotated[
-    str | None, typer.Argument(help="What the video shows; may be left out with the shipped model.", show_default=False)
+    str | None, typer.Argument(help="What the video shows; may be left out with a shipped model.", show_default=False)
 ]
 Model = Annotated[
-    str | None, typer.Option(help="Folder or Hub id of a diffusers pipeline; without it the shipped model.")
+    str | None,
+    typer.Option(
+        help=f"A shipped model ({', '.join(SHIPPED_MODELS)}), or folder or Hub id of a diffusers pipeline; "
+        f"{SHIPPED_MODELS[0]} by default."
+    ),
 ]
 Method = Annotated[str | None, typer.Option(help=f"Name from 'dsattn methods'; {DEFAULTS['method']} by default.")]
 ConfigFile = Annotated[str | None, typer.Option("--config", help="YAML file of options; flags go before it.")]
@@ -169,7 +173,7 @@ def check_numbers(params: Mapping[str, Any]) -> None:
 def _prompt(params: Mapping[str, Any]) -> str:
     prompt: str | None = params["prompt"]
     if prompt is None:
-        if params["model"] is not None:
+        if params["model"] not in (None, *SHIPPED_MODELS):
             raise UsageError("PROMPT is missing: with --model, say in words what the video shows")
         from dsattn.pipelines.tiny.data import DEFAULT_PROMPT
 

@@ -175,7 +175,7 @@ def load_shipped(
 def _compact(tensor: Tensor, bits: int) -> dict[str, Tensor]:
     """How a tensor is stored, by suffix of its name: large ones in float16, or in 8 bits with a scale per row."""
     tensor = tensor.detach().float()
-    if tensor.numel() <= 32768:
+    if tensor.numel() <= (32768 if bits == 16 else 8192):
         return {"": tensor.contiguous()}
     if bits == 16:
         return {"": tensor.to(torch.float16).contiguous()}

@@ -39,7 +39,7 @@ def warm_start(joint: HunyuanVideoTransformer3DModel, wan: WanTransformer3DModel
     _last_modulation(joint.norm_out.linear, wan.scale_shift_table, curve)
     duals = len(joint.transformer_blocks)
     for block, source in zip(joint.transformer_blocks, wan.blocks[:duals], strict=True):
-        _dual(block, source, embedder.time_proj)
+        _dual(block, source, embedder.time_proj, F.silu(curve))
     for block, source in zip(joint.single_transformer_blocks, wan.blocks[duals:], strict=True):
         _single(block, source, embedder.time_proj, F.silu(curve))
 
@@ -57,7 +57,10 @@ def _check(joint: HunyuanVideoTransformer3DModel, wan: WanTransformer3DModel) ->
         raise ValueError(f"weights of a Wan transformer with {want} do not fit a joint transformer with {got}")
 
 
-def _time_embedding(target: nn.Module, source: nn.Module) -> None:
+# Modules are Any below: their parts are known by name alone.
+
+
+def _time_embedding(target: Any, source: Any) -> None:
     """Wan's frequencies are every `step`-th of HunyuanVideo's 128; the others start without weight.
 
     The pooled text adds to the embedding and starts at zero, so that modulation starts as it was in Wan.
@@ -91,16 +94,17 @@ def _last_modulation(target: nn.Linear, table: Tensor, curve: Tensor) -> None:
     target.bias.copy_(torch.cat([fit[-1] + scale, fit[-1] + shift]))
 
 
-def _modulation(source: nn.Module, time_proj: nn.Linear) -> tuple[Tensor, Tensor]:
+def _modulation(source: Any, time_proj: nn.Linear) -> tuple[Tensor, Tensor]:
     """Weight and bias of a layer's own modulation: `[6C, C]`, `[6C]`, shift, scale and gate twice."""
     return time_proj.weight, time_proj.bias + source.scale_shift_table.flatten()
 
 
-def _dual(block: nn.Module, source: nn.Module, time_proj: nn.Linear) -> None:
+def _dual(block: Any, source: Any, time_proj: nn.Linear, features: Tensor) -> None:
     weight, bias = _modulation(source, time_proj)
     block.norm1.linear.weight.copy_(weight)
     block.norm1.linear.bias.copy_(bias)
-    _attention(block.attn, source.attn1)
+    shift, scale = (features @ weight.T + bias).unflatten(1, (6, -1))[:, :2].unbind(1)
+    _attention(block.attn, source.attn1, shift, scale)
     block.attn.to_out[0].load_state_dict(source.attn1.to_out[0].state_dict())
     block.ff.load_state_dict(source.ffn.state_dict())
     # Text starts as it comes from the refiner and is changed by what training opens these gates for.
@@ -108,30 +112,34 @@ def _dual(block: nn.Module, source: nn.Module, time_proj: nn.Linear) -> None:
     nn.init.zeros_(block.norm1_context.linear.bias)
 
 
-def _attention(target: nn.Module, source: nn.Module) -> None:
+def _attention(target: Any, source: Any, shift: Tensor, scale: Tensor) -> None:
+    """`shift`, `scale` `[T, C]`: how attention's input is modulated, over noise levels."""
     target.to_v.load_state_dict(source.to_v.state_dict())
-    _normed(target.to_q, target.norm_q, source.to_q, source.norm_q, source.heads)
-    _normed(target.to_k, target.norm_k, source.to_k, source.norm_k, source.heads)
+    _normed(target.to_q, target.norm_q, source.to_q, source.norm_q, source.heads, shift, scale)
+    _normed(target.to_k, target.norm_k, source.to_k, source.norm_k, source.heads, shift, scale)
 
 
-def _normed(to: nn.Linear, norm: nn.Module, source: nn.Linear, source_norm: nn.Module, heads: int) -> None:
+def _normed(
+    to: nn.Linear, norm: Any, source: nn.Linear, source_norm: Any, heads: int, shift: Tensor, scale: Tensor
+) -> None:
     """Projection and RMS norm per head for a projection that was normalised over all heads; exact for one head.
 
     Directions stay: what a head's own norm weight has beyond the weight all heads share goes into the projection's
-    rows. Lengths become one per head and token; the shared weight gets their mean over heads, taken for inputs of unit
-    variance.
+    rows. Lengths become one per head and token; the shared weight gets their mean over heads and noise levels, for
+    inputs of unit variance before modulation.
     """
     own = source_norm.weight.unflatten(0, (heads, -1))
     shared = own.abs().clamp_min(1e-3).log().mean(0).exp()
     factors = own / shared
-    power = (source.weight.square().sum(1) + source.bias.square()).unflatten(0, (heads, -1))
-    lengths = (power * factors.square()).mean(1).sqrt() / power.mean().sqrt()
+    power = (1 + scale).square() @ source.weight.square().T + F.linear(shift, source.weight, source.bias).square()
+    power = power.unflatten(1, (heads, -1))  # [T, H, D], of each channel
+    lengths = (power * factors.square()).mean(2).sqrt() / power.mean((1, 2)).sqrt()[:, None]
     to.weight.copy_(source.weight * factors.flatten()[:, None])
     to.bias.copy_(source.bias * factors.flatten())
     norm.weight.copy_(shared * lengths.log().mean().exp())
 
 
-def _single(block: nn.Module, source: nn.Module, time_proj: nn.Linear, features: Tensor) -> None:
+def _single(block: Any, source: Any, time_proj: nn.Linear, features: Tensor) -> None:
     weight, bias = _modulation(source, time_proj)
     over_time = (features @ weight.T + bias).unflatten(1, (6, -1))  # [T, 6, C]
     weights, biases = weight.unflatten(0, (6, -1)), bias.unflatten(0, (6, -1))
@@ -142,9 +150,9 @@ def _single(block: nn.Module, source: nn.Module, time_proj: nn.Linear, features:
     gate_bias = shares[:, 0] * biases[2] + shares[:, 1] * biases[5]
     block.norm.linear.weight.copy_(torch.cat([weights[0], weights[1], gate]))
     block.norm.linear.bias.copy_(torch.cat([biases[0], biases[1], gate_bias]))
-    _attention(block.attn, source.attn1)
     # The feed-forward reads attention's input: x (1 + scale) + shift of its own, from that of attention, for unit x.
     shift, scale, shift_ff, scale_ff = (over_time[:, i] for i in (0, 1, 3, 4))
+    _attention(block.attn, source.attn1, shift, scale)
     spread = shift - shift.mean(0)
     factor = ((1 + scale) * (1 + scale_ff) + spread * shift_ff).mean(0)
     factor = factor / ((1 + scale).square() + spread.square()).mean(0).clamp_min(1e-6)
