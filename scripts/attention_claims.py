@@ -7,11 +7,12 @@ sentence and a verdict, so that the comparison follows the checkpoint.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from attention_tables import Study, mean, number, percent
+from attention_figures import Study, mean, number, percent
 
 ALIKE, PARTLY, DIFFERS, UNKNOWN = "resembles", "resembles in part", "differs", "not measured"
 # A share within this factor of a reported one is alike.
@@ -105,6 +106,8 @@ def decay(study: Study) -> tuple[str, str]:
 def scattered(study: Study) -> tuple[str, str]:
     """Mass of the best tenth: keys against blocks."""
     keys, *blocks = (mean(study.by_head(f"{kind}@0.1")) for kind in ("keys", "tile", "raster"))
+    if not all(map(math.isfinite, blocks)):
+        return "too few tokens for blocks", UNKNOWN
     text = (
         f"the best 10 % hold {percent(keys)} as keys, {percent(blocks[0])} as tiles of 8 × 8, "
         f"{percent(blocks[1])} as runs of 64"
@@ -117,8 +120,7 @@ def steady(study: Study) -> tuple[str, str]:
     gaps = [gap for kind, gap in study.relations() if kind == "step"]
     if not gaps:
         return "one step only", UNKNOWN
-    later = study.carried("step", "keys", "relative", gaps[0]) or 0.0
-    last = study.carried("step", "keys", "relative", gaps[-1])
+    later, last = (study.carried("step", "keys", "relative", gap) or 0.0 for gap in (gaps[0], gaps[-1]))
     prompt = study.carried("prompt", "keys", "relative")
     text = (
         f"the best 5 % of the keys hold {percent(later)} of the best mass {gaps[0]} step{'s' * (gaps[0] > 1)} later, "
@@ -126,7 +128,9 @@ def steady(study: Study) -> tuple[str, str]:
     )
     if prompt is not None and prompt >= later:
         return text, f"{DIFFERS}: another prompt changes no more"
-    return text, ALIKE if later >= 0.8 else f"{PARTLY}: more than over prompts, but it wears off"
+    if later < 0.8 or last < 0.8:
+        return text, f"{PARTLY}: it wears off over the steps"
+    return text, ALIKE
 
 
 def property_of_layers(study: Study) -> tuple[str, str]:

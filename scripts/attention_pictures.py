@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from attention_tables import Study, percent
+from attention_figures import Study, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,15 +47,17 @@ def draw_maps(result: dict[str, Any], path: Path) -> None:
         axis.set_yticks(range(len(layers)), [f"layer {i}" for i in layers])
         axis.set_xticks(range(columns), [str(step) for _ in range(heads) for step in steps], fontsize=7)
         for head in range(heads):
-            axis.text((head + 0.5) / heads, -0.16, f"head {head}", transform=axis.transAxes, ha="center", va="top")
+            middle = ((head + 0.5) / heads, 0)
+            style = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "center", "va": "top"}
+            axis.annotate(f"head {head}", middle, (0, -14), **style)
             if head:
                 axis.axvline(head * len(steps) - 0.5, color="white", lw=2)
         axis.tick_params(length=0)
         if values.size <= WRITTEN:
             _write(axis, 100 * values, image)
     figure.suptitle(
-        f"Attention of the model {result['model'][0]}, {result['tokens']:,} tokens: mean over prompts and seeds, "
-        f"at steps {', '.join(map(str, steps))} of {result['steps'][0]}"
+        f"Attention of {study.model}, {result['tokens']:,} tokens, steps {', '.join(map(str, steps))} of "
+        f"{result['steps'][0]}: mean over prompts and seeds"
     )
     figure.savefig(path, dpi=110)
 
@@ -85,7 +87,7 @@ def draw_curves(result: dict[str, Any], path: Path) -> None:
     _decay_curves(away, study, "away", "rows or columns between query and key, from")
     frames.legend(*_kinds(study), fontsize=8)
     figure.suptitle(
-        f"Attention of the model {result['model'][0]}, {result['tokens']:,} tokens: every head of every layer, "
+        f"Attention of {study.model}, {result['tokens']:,} tokens: every head of every layer, "
         "mean over prompts, seeds and steps"
     )
     figure.savefig(path, dpi=110)
@@ -106,7 +108,7 @@ def _mass_curves(axis: Axes, study: Study) -> None:
         if names:
             y = [100 * statistics.median(study.by_head(name)) for name in names]
             axis.plot(x, [*y, 100], color="black", lw=2, ls=style, label=f"{label}, median head")
-    axis.plot([1, 100], [1, 100], color="#999999", lw=1, label="even weights")
+    axis.plot(x, x, color="#999999", lw=1, label="even weights")
     axis.set(xscale="log", xlabel="share of keys read, best first, %", ylabel="mass kept, %", ylim=(0, 104))
     axis.set_xticks(x, [f"{value:g}" for value in x])
     axis.set_xticks([], minor=True)

@@ -3,12 +3,13 @@
     python scripts/capture_qkv.py --out captures --steps 20 --at 4,15
     python scripts/capture_qkv.py --out captures --prompts prompts.txt --seeds 0,1 --branches cond,uncond
 
-The model runs densely, over every prompt with every seed. What will be written is said, and compared with the free
-space of the disk, at the first attention call of the first run.
+The model runs densely, over every prompt with every seed, up to the last step that is kept. What will be written is
+said, and compared with the free space of the disk, at the first attention call of the first run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import sys
@@ -71,8 +72,12 @@ class Branch:
     calls: dict[captures.Key, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
 
+class Enough(Exception):
+    """Everything that was wanted has come: the rest of the run would be for nothing."""
+
+
 class Recorder(dsattn.Engine):
-    """Dense attention that keeps the inputs of chosen calls.
+    """Dense attention that keeps the inputs of chosen calls, and ends the run when the last has come.
 
     Args:
         wanted: which ones.
@@ -88,7 +93,14 @@ class Recorder(dsattn.Engine):
         self.seen: set[tuple[str, int, int]] = set()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **options: Any) -> Tensor:
-        """Keep, then attend."""
+        """Keep, then attend.
+
+        Raises:
+            Enough: the last wanted step is over.
+
+        """
+        if call.step > max(self.wanted.steps):
+            raise Enough
         if self.announce is not None:
             size = sum(x[:1].numel() for x in (q, k, v)) * self.wanted.store.itemsize
             self.announce(call, size)
@@ -235,9 +247,11 @@ def main(
             models.check_size(loaded.pipe, job)
             recorder = Recorder(wanted, announce)
             announce = None
-            run = generate(loaded.pipe, job, recorder, watch=Watch(), decode=False)
+            with contextlib.suppress(Enough):
+                generate(loaded.pipe, job, recorder, watch=Watch(), decode=False)
             recorder.check()
-            facts = {"prompt": text, "seed": str(seed), "steps": str(steps), "guidance": str(run.guidance)}
+            scale = str(getattr(loaded.pipe, "guidance_scale", None))
+            facts = {"prompt": text, "seed": str(seed), "steps": str(steps), "guidance": scale}
             facts |= {"model": str(loaded.info["id"]), "dtype": str(loaded.info["dtype"]), "stored": store}
             for branch, kept in recorder.found.items():
                 path = out / f"{number:02d}-seed{seed}-{branch}.safetensors"

@@ -58,11 +58,14 @@ class Captured:
 
 
 def load(folder: Path, steps: tuple[int, ...] | None = None, prompts: int | None = None) -> Iterator[Captured]:
-    """Captures of the conditional branch by run, step and layer, of the first so many prompts."""
+    """Captures of the conditional branch by run, step and layer: of the first prompts, each with its first seed."""
     found = captures.read(folder)
-    used = list(dict.fromkeys(capture.facts["prompt"] for capture in found))[:prompts]
+    first: dict[str, str] = {}
+    for capture in found:
+        first.setdefault(capture.facts["prompt"], capture.run)
+    used = list(first.values())[:prompts]
     for capture in sorted(found, key=lambda capture: (capture.run, capture.call.step, capture.call.layer)):
-        if capture.facts["prompt"] not in used or (steps is not None and capture.call.step not in steps):
+        if capture.run not in used or (steps is not None and capture.call.step not in steps):
             continue
         q, k, v = capture.load()
         rows = torch.randperm(q.shape[1], generator=torch.Generator().manual_seed(1))[:ROWS]
