@@ -96,7 +96,7 @@ def decay(study: Study) -> tuple[str, str]:
     for prefix in ("frames", "away"):
         names = [name for name in study.names(prefix) if study.values(name)]
         curves.append([statistics.median(study.by_head(name)) for name in names])
-    falls = [all(a >= b for a, b in itertools.pairwise(curve)) for curve in curves]
+    falls = [curve[-1] < curve[0] and all(a >= b for a, b in itertools.pairwise(curve)) for curve in curves]
     texts = [f"{number(curve[0])} to {number(curve[-1])} × even" for curve in curves]
     text = f"median head, nearest to farthest: {texts[0]} over frames, {texts[1]} over the picture"
     where = "time" if falls[0] else "the picture"

@@ -197,6 +197,38 @@ def read_prompts(file: Path | None, first: int | None) -> list[str]:
     return prompts
 
 
+def choose(steps: int, at: str, layers: str, branches: str, store: str) -> Wanted:
+    """What the options ask for.
+
+    Raises:
+        UsageError: naming the option, what was expected and what came.
+
+    """
+    names = tuple(dict.fromkeys(name.strip() for name in branches.split(",")))
+    if unknown := set(names) - {"cond", "uncond"}:
+        raise UsageError(f"--branches must be cond, uncond or both with a comma, got {', '.join(sorted(unknown))}")
+    if store not in STORES:
+        raise UsageError(f"--store must be one of {', '.join(STORES)}; got {store!r}")
+    wanted = Wanted(numbers(at, "--at"), numbers(layers, "--layers"), names, STORES[store])
+    if not wanted.steps or max(wanted.steps) >= steps:
+        raise UsageError(f"--at must name steps below --steps {steps}, got {at!r}")
+    return wanted
+
+
+def load(model: str | None, dtype: str | None, device: str | None) -> models.Loaded:
+    """The model on its device, as the commands of dsattn load it.
+
+    Raises:
+        UsageError: it cannot be loaded, or an unknown number format.
+
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = dtype or ("bfloat16" if where.type == "cuda" else "float32")
+    if name not in models.DTYPES:
+        raise UsageError(f"--dtype must be one of {', '.join(models.DTYPES)}; got {name!r}")
+    return models.load(None if model == "tiny" else model, name, where)
+
+
 @app.command()
 def main(
     out: Annotated[Path, typer.Option(help="Folder for one file per prompt, seed and branch.")],
@@ -223,23 +255,14 @@ def main(
 ) -> None:
     """Run a model densely and keep q, k, v of chosen layers and steps."""
     torch.set_num_threads(threads)
-    names = tuple(dict.fromkeys(name.strip() for name in branches.split(",")))
-    if unknown := set(names) - {"cond", "uncond"}:
-        raise UsageError(f"--branches must be cond, uncond or both with a comma, got {', '.join(sorted(unknown))}")
-    if store not in STORES:
-        raise UsageError(f"--store must be one of {', '.join(STORES)}; got {store!r}")
-    wanted = Wanted(numbers(at, "--at"), numbers(layers, "--layers"), names, STORES[store])
-    if not wanted.steps or max(wanted.steps) >= steps:
-        raise UsageError(f"--at must name steps below --steps {steps}, got {at!r}")
+    wanted = choose(steps, at, layers, branches, store)
     texts, all_seeds = read_prompts(prompts, first), numbers(seeds, "--seeds")
     if not all_seeds:
         raise UsageError("--seeds must name at least one seed")
     out.mkdir(parents=True, exist_ok=True)
     if left := sorted(out.glob("*.safetensors")):
         raise UsageError(f"{out} already holds {left[0].name}: captures of two runs must not mix; give another --out")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    name = None if model == "tiny" else model
-    loaded = models.load(name, dtype or ("bfloat16" if where.type == "cuda" else "float32"), where)
+    loaded = load(model, dtype, device)
     announce = announcement(wanted, len(texts) * len(all_seeds), out)
     for number, text in enumerate(texts):
         for seed in all_seeds:

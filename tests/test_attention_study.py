@@ -171,10 +171,12 @@ def test_verdicts_follow_the_figures(result):
     assert verdict(claims.two_kinds, spatial=[0.9, 0.2, 0.2], temporal=[0.2, 0.9, 0.9]) == "resembles"
     assert verdict(claims.two_kinds, spatial=[0.2, 0.9, 0.9], temporal=[0.9, 0.2, 0.2]).startswith("resembles in part")
     assert verdict(claims.two_kinds, spatial=0.1, temporal=0.9) == "differs: no heads of one kind"
-    flat = {name: 1.0 for name in result["columns"] if name.startswith(("frames@", "away@"))}
+    names = [name for name in result["columns"] if name.startswith(("frames@", "away@"))]
+    falling = {name: 1 / (1 + float(name.partition("@")[2])) for name in names}
     rising = {f"frames@{i}": float(i) for i in range(3)}
-    assert verdict(claims.decay, **flat) == "resembles"
-    assert verdict(claims.decay, **flat | rising) == "resembles in part: it falls over the picture alone"
+    assert verdict(claims.decay, **falling) == "resembles"
+    assert verdict(claims.decay, **falling | rising) == "resembles in part: it falls over the picture alone"
+    assert verdict(claims.decay, **dict.fromkeys(names, 1.0)) == "differs"
     assert verdict(claims.scattered, **{"keys@0.1": 0.8, "tile@0.1": 0.5, "raster@0.1": 0.4}) == "resembles"
     assert verdict(claims.scattered, **{"keys@0.1": 0.8, "tile@0.1": 0.75, "raster@0.1": 0.4}).startswith("differs")
     assert verdict(claims.sinks, common=[0.01, 0.2, 0.01]) == "resembles"
