@@ -114,7 +114,7 @@ def _mass_curves(axis: Axes, study: Study) -> None:
     axis.set_xticks([], minor=True)
     axis.set_title("Mass kept over density", fontsize=10)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="lower right")
+    axis.legend(fontsize=8, loc="lower right", framealpha=0.6)
 
 
 def _decay_curves(axis: Axes, study: Study, prefix: str, label: str) -> None:

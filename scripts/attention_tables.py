@@ -119,12 +119,13 @@ def source(study: Study) -> str:
     prompts, seeds = ({run[name] for run in found["runs"]} for name in ("prompt", "seed"))
     # Where the files lay is not part of what was measured.
     command = re.sub(r" --(?:captures|out|name) \S+| --debug", "", found["command"])
+    threads = f"{env['threads']} thread{'s' * (env['threads'] > 1)}"
     moments = ", ".join(str(step) for step in study.distinct("step"))
     return (
         f"Measured on {study.model}: {len(prompts)} prompts, {len(seeds)} seeds, steps {moments} of "
         f"{found['steps'][0]} (from 0), {grid['frames']} × {grid['height']} × {grid['width']} tokens, "
         f"{found['rows']} query rows and {found['query_blocks']} query blocks of {found['block']} rows per head, dense "
-        f"attention, captured in {' and '.join(found['stored'])}; {env['cpu']}, {env['threads']} threads, torch "
+        f"attention, captured in {' and '.join(found['stored'])}; {env['cpu']}, {threads}, torch "
         f"{env['torch']}, commit `{(env['git'] or 'unknown')[:9]}`, {found['seconds']} s. Tables show the guidance "
         f"branch `{study.branch}`. Made by `{command}`."
     )
