@@ -6,13 +6,13 @@ sentence and a verdict, so that the comparison follows the checkpoint.
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from attention_figures import Study, mean, number, percent
+from attention_statistics import rank_correlation
 
 ALIKE, PARTLY, DIFFERS, UNKNOWN = "resembles", "resembles in part", "differs", "not measured"
 # A share within this factor of a reported one is alike.
@@ -96,7 +96,7 @@ def decay(study: Study) -> tuple[str, str]:
     for prefix in ("frames", "away"):
         names = [name for name in study.names(prefix) if study.values(name)]
         curves.append([statistics.median(study.by_head(name)) for name in names])
-    falls = [curve[-1] < curve[0] and all(a >= b for a, b in itertools.pairwise(curve)) for curve in curves]
+    falls = [(rank_correlation(list(map(float, range(len(curve)))), curve) or 0.0) <= -0.8 for curve in curves]
     texts = [f"{number(curve[0])} to {number(curve[-1])} × even" for curve in curves]
     text = f"median head, nearest to farthest: {texts[0]} over frames, {texts[1]} over the picture"
     where = "time" if falls[0] else "the picture"
@@ -200,7 +200,7 @@ CLAIMS = (
         property_of_layers,
     ),
     Claim(
-        "some late layers have attention sinks, keys that most queries attend to (Mochi and others)",
+        "some late layers have attention sinks, keys that most queries attend to (several video models)",
         "Wen et al., arXiv 2504.10317",
         sinks,
     ),
