@@ -15,7 +15,9 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 # Pictures of committed results, and their names in the site.
-PICTURES = {"frontier.png": "assets/frontier.png"}
+PICTURES = {
+    name: f"assets/{name}" for name in ("frontier.png", "attention_study_maps.png", "attention_study_curves.png")
+}
 
 
 # The package with plain packages in place of its links, which the reader of docstrings does not follow.

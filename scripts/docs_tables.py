@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import attention_tables
 import typer.main
 
 from dsattn.cli.app import app
@@ -183,6 +184,12 @@ def frontier_source(_: str) -> str:
         "defaults at that commit. "
         "Source: `benchmarks/results/cpu/frontier.json`, made by `python scripts/frontier.py measure`."
     )
+
+
+def attention(argument: str) -> str:
+    """A table of an attention study: its name, and its file where that is not the shipped model's."""
+    name, _, file = argument.partition(" ")
+    return attention_tables.section(result(file or "attention_study.json"), name)
 
 
 def comparison(name: str) -> str:
@@ -357,6 +364,7 @@ def definitions(_: str) -> str:
 
 
 TABLES: dict[str, Callable[[str], str]] = {
+    "attention": attention,
     "cli": cli,
     "comparison": comparison,
     "definitions": definitions,

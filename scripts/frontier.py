@@ -1,9 +1,8 @@
 """Error against cost of every method, on q, k, v captured from the shipped model.
 
-    python scripts/frontier.py capture --out captures
+    python scripts/capture_qkv.py --out captures
     python scripts/frontier.py measure --captures captures --json frontier.json --plot frontier.png
 
-`capture` runs the shipped model densely over a few prompts and keeps what enters chosen attention calls.
 `measure` runs every capture through an engine of every method and prints tables: relative L2 error of a layer's output
 against dense (float64, sampled query rows; root mean square over layers, steps and prompts) against cost. Cost is
 relative to dense attention: keys read exactly, pooled keys, and the measured time of planning, spread over the calls
@@ -18,26 +17,21 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import captures
 import torch
 import torch.nn.functional as F
 import typer
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import dsattn
 from dsattn.block_plan import BlockPlan
-from dsattn.grid import Call, VideoGrid
+from dsattn.grid import Call
 from dsattn.report import environment
 
-PROMPTS = (
-    "a large red circle moves right over a gradient background",
-    "a small blue square moves up over a checkered background",
-    "a large yellow star moves left over a cloudy background",
-)
 DENSITIES = (0.03, 0.05, 0.1, 0.2)
 COSTS = (0.06, 0.08, 0.1, 0.15, 0.2)
 AUTO_COSTS = (0.06, 0.1, 0.16, 0.26)
@@ -48,94 +42,35 @@ ROWS = 256
 app = typer.Typer(add_completion=False, help=__doc__)
 
 
-class Recorder(dsattn.Engine):
-    """Dense attention that keeps the inputs of chosen calls."""
-
-    def __init__(self, steps: tuple[int, ...], layers: tuple[int, ...]) -> None:
-        super().__init__("dense")
-        self.wanted = {(step, layer) for step in steps for layer in layers}
-        self.found: dict[tuple[int, int], tuple[tuple[Tensor, Tensor, Tensor], Call]] = {}
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, call: Call, **options: Any) -> Tensor:
-        """Keep, then attend."""
-        if call.branch == "cond" and (call.step, call.layer) in self.wanted:
-            self.found[call.step, call.layer] = ((q.clone(), k.clone(), v.clone()), call)
-        return super().__call__(q, k, v, call, **options)
-
-
 def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-@app.command()
-def capture(
-    out: Path = typer.Option(..., help="Folder for one safetensors file per prompt."),
-    steps: int = typer.Option(12, help="Denoising steps."),
-    at: str = typer.Option("2,5,9", help="Steps to keep."),
-    layers: str = typer.Option("0,2,3,5", help="Layers to keep."),
-    frames: int = 33,
-    size: int = typer.Option(256, help="Height and width in pixels."),
-    threads: int = 2,
-) -> None:
-    """Keep q, k, v of chosen layers and steps of the shipped model."""
-    from dsattn.pipelines.tiny.loader import load_tiny
-
-    torch.set_num_threads(threads)
-    out.mkdir(parents=True, exist_ok=True)
-    pipe = load_tiny()
-    for index, prompt in enumerate(PROMPTS):
-        engine = Recorder(numbers(at), numbers(layers))
-        with dsattn.enabled(pipe, engine):
-            pipe(
-                prompt,
-                height=size,
-                width=size,
-                num_frames=frames,
-                num_inference_steps=steps,
-                generator=torch.Generator().manual_seed(index),
-                output_type="latent",
-            )
-        tensors = {
-            f"{step}/{layer}/{name}": x.contiguous()
-            for (step, layer), (qkv, _) in engine.found.items()
-            for name, x in zip("qkv", qkv, strict=True)
-        }
-        call = next(iter(engine.found.values()))[1]
-        facts = {"prompt": prompt, "steps": str(steps), "grid": json.dumps(asdict(call.grid))}
-        save_file(tensors, out / f"{index}.safetensors", metadata=facts)
-        typer.echo(f"{prompt}: {len(engine.found)} calls of {call.grid.tokens} tokens")
-
-
 @dataclass(frozen=True)
 class Captured:
-    """One attention call: where it came from, its inputs, and dense attention of a few rows in float64."""
+    """One attention call: the run it is from, its inputs, and dense attention of a few rows in float64."""
 
-    prompt: str
+    run: str
     call: Call
     qkv: tuple[Tensor, Tensor, Tensor]
     rows: Tensor
     exact: Tensor
 
 
-def load(folder: Path) -> Iterator[Captured]:
-    """Captures in the order of prompt, layer and step, so that warm starts meet what they meet in a run."""
-    from safetensors import safe_open
-
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise typer.BadParameter(f"{folder} holds no captures; make them with 'frontier.py capture --out {folder}'")
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            facts = opened.metadata()
-        tensors = load_file(file)
-        grid = VideoGrid(**json.loads(facts["grid"]))
-        rows = torch.randperm(grid.tokens, generator=torch.Generator().manual_seed(1))[:ROWS]
-        keys = sorted({tuple(map(int, name.split("/")[:2])) for name in tensors}, key=lambda key: (key[1], key[0]))
-        for step, layer in keys:
-            q, k, v = (tensors[f"{step}/{layer}/{name}"] for name in "qkv")
-            exact = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q[:, rows], k, v)))
-            call = Call(layer, step, grid, num_steps=int(facts["steps"]))
-            yield Captured(facts["prompt"], call, (q, k, v), rows, exact.transpose(1, 2))
+def load(folder: Path, steps: tuple[int, ...] | None = None, prompts: int | None = None) -> Iterator[Captured]:
+    """Captures of the conditional branch by run, step and layer: of the first prompts, each with its first seed."""
+    found = captures.read(folder)
+    first: dict[str, str] = {}
+    for capture in found:
+        first.setdefault(capture.facts["prompt"], capture.run)
+    used = list(first.values())[:prompts]
+    for capture in sorted(found, key=lambda capture: (capture.run, capture.call.step, capture.call.layer)):
+        if capture.run not in used or (steps is not None and capture.call.step not in steps):
+            continue
+        q, k, v = capture.load()
+        rows = torch.randperm(q.shape[1], generator=torch.Generator().manual_seed(1))[:ROWS]
+        exact = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (q[:, rows], k, v)))
+        yield Captured(capture.run, capture.call, (q, k, v), rows, exact.transpose(1, 2))
 
 
 def cases() -> list[tuple[str, str, list[dict[str, Any]]]]:
@@ -180,12 +115,12 @@ def cases() -> list[tuple[str, str, list[dict[str, Any]]]]:
     ]
 
 
-def measure_point(method: str, options: dict[str, Any], captures: list[Captured]) -> dict[str, Any]:
+def measure_point(method: str, options: dict[str, Any], captured: list[Captured]) -> dict[str, Any]:
     """Error, density and cost of one method at one setting, with the state it would have in a run."""
     errors: list[Tensor] = []
     rows: list[tuple[float, float, float, float]] = []
     observed = []
-    for _, group in itertools.groupby(captures, key=lambda item: item.prompt):
+    for _, group in itertools.groupby(captured, key=lambda item: item.run):
         items = list(group)
         first = items[0].call.step
         engine = dsattn.Engine(method, dense_steps=first, monitor=0, timing=True, **options)
@@ -205,7 +140,7 @@ def measure_point(method: str, options: dict[str, Any], captures: list[Captured]
             plan = engine.state.entries[item.call.model, item.call.layer, item.call.branch].plan
             rows.append((float(record.density.mean()), tail_keys(plan), record.plan_s, record.attend_s))
     squares = torch.stack(errors)
-    q, k, v = (x.transpose(1, 2) for x in captures[len(captures) // 2].qkv)
+    q, k, v = (x.transpose(1, 2) for x in captured[len(captured) // 2].qkv)
     dense_s = median_s(lambda: F.scaled_dot_product_attention(q, k, v))
     density, tail, plan_times, attend_times = zip(*rows, strict=True)
     plan_s, attend_s = statistics.median(plan_times), statistics.median(attend_times)
@@ -245,10 +180,10 @@ def median_s(run: Callable[[], Any], repeats: int = 3) -> float:
 
 @app.command()
 def measure(
-    captures: Path = typer.Option(..., help="Folder that 'capture' wrote."),
+    folder: Path = typer.Option(..., "--captures", help="Folder that capture_qkv.py wrote."),
     only: str = typer.Option("", help="Measure the labels that contain this text."),
     at: str = typer.Option("", help="Use the captures of these steps; all by default."),
-    prompts: int = typer.Option(len(PROMPTS), help="Use the captures of so many prompts."),
+    prompts: int | None = typer.Option(None, help="Use the captures of the first so many prompts; all by default."),
     json_out: Path | None = typer.Option(None, "--json", help="Write every point here."),
     markdown: Path | None = typer.Option(None, help="Write the tables here."),
     plot: Path | None = typer.Option(None, help="Write a picture (PNG) here."),
@@ -256,10 +191,9 @@ def measure(
 ) -> None:
     """Error and cost of every method on the captures."""
     torch.set_num_threads(threads)
-    steps = numbers(at) if at else None
-    used = PROMPTS[:prompts]
-    items = [i for i in load(captures) if i.prompt in used and (steps is None or i.call.step in steps)]
-    items.sort(key=lambda item: (item.prompt, item.call.step, item.call.layer))
+    items = list(load(folder, numbers(at) if at else None, prompts))
+    if not items:
+        raise typer.BadParameter(f"{folder} holds no captures of the steps {at}")
     results: list[dict[str, Any]] = []
     for label, method, points in cases():
         if only not in label:
@@ -290,8 +224,8 @@ def measure(
 
 
 def first_step(items: list[Captured]) -> list[Captured]:
-    """Captures of the first prompt's first step."""
-    return [item for item in items if (item.prompt, item.call.step) == (items[0].prompt, items[0].call.step)]
+    """Captures of the first run's first step."""
+    return [item for item in items if (item.run, item.call.step) == (items[0].run, items[0].call.step)]
 
 
 @app.command()
