@@ -22,7 +22,7 @@ SIDE = 64
 """Shorter side of the picture whose texture is measured, in pixels."""
 BANDS = (0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 7.0, 9.0, 12.0, 24.0)
 """Borders of the frequency bands, cycles per shorter side."""
-FIT_SEED, FIT_EACH, TREES = 7_000_003, 160, 160
+FIT_SEED, FIT_EACH, TREES = 7_000_003, 100, 160
 MIN_SHARE = 0.45
 """Share of the trees that must agree; below it the background is "none"."""
 MIN_CONTRAST = 0.012

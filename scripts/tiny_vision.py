@@ -35,13 +35,16 @@ MIN_TRAVEL = 0.12
 """Least extent of a path that counts as motion, in fractions of the frame; the shortest ones drawn have 0.27."""
 MIN_EXPLAINED = 0.75
 """Share of the path's variance that the best kind of motion must explain."""
-MIN_OVERLAP = 0.80
+MIN_OVERLAP = 0.70
 """Intersection over union that the outline must have with the best rendered shape."""
 SIZE_BORDER = (data.SIZES["small"][1] + data.SIZES["large"][0]) / 2
+"""Radius over the shorter side that tells small from large."""
 OUTLINE, OUTLINE_SCALE = 56, 24.0
 """Side of an outline's picture, and what the square root of its area is scaled to, in pixels."""
 ANGLES = np.linspace(-0.30, 0.30, 13)
 """Rotations of the rendered shapes, radians; shapes are drawn with up to 0.25."""
+SOFTNESS = (0.01, 0.07, 0.14, 0.21)
+"""Blurs of the rendered shapes, standard deviation over radius: a small shape behind the codec has soft edges."""
 PHASES = np.arange(0, 1, 1 / 32)
 FLOW_SIDE, FLOW_PAIRS = 128, 8
 
@@ -165,33 +168,40 @@ def _outline(frame: NDArray[np.float32], middle: NDArray[np.float64], area: floa
 # ---- shape and size ------------------------------------------------------------------------------------------------
 
 
-def _drawn(shape: str, angle: float) -> Track:
-    """A large still shape, as the generator draws it and `track` sees it."""
-    spec = data.ShapeSpec("red", shape, "large", "still", 0.3, (0.5, 0.5), 0.0, float(angle))
-    video = render(data.Scene((spec,), "cloudy", 0, False, "", False, ""), 1, 192, 192)
-    return track(coverage(video, label_colours(video), NAMES.index("red")))
+class Drawn(NamedTuple):
+    """Rendered shapes: names, outlines [n, `OUTLINE`, `OUTLINE`], and their areas over their squared radius."""
+
+    names: list[str]
+    outlines: NDArray[np.float32]
+    areas: NDArray[np.float64]
 
 
 @lru_cache(maxsize=1)
-def _shapes() -> tuple[list[str], NDArray[np.float32], dict[str, float]]:
-    """Names and outlines of all shapes at all angles, and every shape's area over its squared radius."""
-    tracks = [(shape, _drawn(shape, angle)) for shape in data.SHAPES for angle in ANGLES]
-    areas = {shape: float(seen.areas[0]) / (0.3 * 192) ** 2 for shape, seen in tracks}
-    return [shape for shape, _ in tracks], np.stack([seen.outline for _, seen in tracks]), areas
+def drawn_shapes() -> Drawn:
+    """Every shape as the generator draws it and `track` sees it, at all angles and softnesses."""
+    names, tracks, radius, side = [], [], 0.3, 160
+    for shape in data.SHAPES:
+        for angle in ANGLES:
+            spec = data.ShapeSpec("red", shape, "large", "still", radius, (0.5, 0.5), 0.0, float(angle))
+            image = render(data.Scene((spec,), "cloudy", 0, False, "", False, ""), 1, side, side)[0]
+            for softness in SOFTNESS:
+                video = cv2.GaussianBlur(image, (0, 0), softness * radius * side)[None]
+                names.append(shape)
+                tracks.append(track(coverage(video, label_colours(video), NAMES.index("red"))))
+    areas = np.array([float(seen.areas[0]) for seen in tracks]) / (radius * side) ** 2
+    return Drawn(names, np.stack([seen.outline for seen in tracks]), areas)
 
 
-def tell_shape(outline: NDArray[np.float32]) -> str:
-    """The rendered shape that overlaps the outline most."""
-    names, drawn, _ = _shapes()
-    overlap = np.minimum(outline, drawn).sum(axis=(1, 2)) / np.maximum(outline, drawn).sum(axis=(1, 2))
+def tell_shape(seen: Track, side: int) -> tuple[str, str]:
+    """Shape and size: the rendered outline that overlaps the object's most, and the radius that it has at this area.
+
+    A shape that overlaps none well is "none", and its size is that of the nearest all the same.
+    """
+    names, outlines, areas = drawn_shapes()
+    overlap = np.minimum(seen.outline, outlines).sum(axis=(1, 2)) / np.maximum(seen.outline, outlines).sum(axis=(1, 2))
     best = int(overlap.argmax())
-    return names[best] if overlap[best] >= MIN_OVERLAP else NONE
-
-
-def tell_size(areas: NDArray[np.float64], shape: str, side: int) -> str:
-    """Small or large, by the radius that a shape of this area has; an unknown shape is taken for a circle."""
-    radius = (float(np.median(areas)) / _shapes()[2].get(shape, np.pi)) ** 0.5 / side
-    return "small" if radius < SIZE_BORDER else "large"
+    radius = (float(np.median(seen.areas)) / areas[best]) ** 0.5 / side
+    return names[best] if overlap[best] >= MIN_OVERLAP else NONE, "small" if radius < SIZE_BORDER else "large"
 
 
 # ---- motion --------------------------------------------------------------------------------------------------------
@@ -280,7 +290,7 @@ def look(video: Video, labels: NDArray[np.int8] | None = None) -> Seen:
     seen = track(cover)
     if len(seen.frames) < max(3, len(video) // 3):
         return Seen(NAMES[colour], objects=objects)
-    shape = tell_shape(seen.outline)
+    shape, size = tell_shape(seen, min(video.shape[1:3]))
     motion, dx, dy = tell_motion(seen, len(video))
     direction = "still" if motion == "still" else tell_direction(dx, dy, object_flow(video, cover, seen))
     if motion in data.DIRECTIONS and direction == NONE:
@@ -288,7 +298,7 @@ def look(video: Video, labels: NDArray[np.int8] | None = None) -> Seen:
     return Seen(
         colour=NAMES[colour],
         shape=shape,
-        size=tell_size(seen.areas, shape, min(video.shape[1:3])),
+        size=size,
         motion=motion,
         direction=direction,
         moves=motion != "still",
