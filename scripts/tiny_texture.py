@@ -1,9 +1,9 @@
 """Which of the background families a clip shows, by texture statistics.
 
 The object is masked out of every frame and the frames are averaged; of what is left, statistics are taken: how much a
-plane explains, the gradients' common direction (structure tensor), energy by spatial frequency and by angle, the highest
-repeat in the autocorrelation, the distribution of levels. A small forest of random trees, fitted on rendered
-backgrounds each time it is needed, turns them into a family. Its seeds are its own: no clip that it judges was in its training.
+plane explains, the gradients' common direction (structure tensor), energy by spatial frequency and by angle, the
+highest repeat in the autocorrelation, the distribution of levels. A small forest of random trees, fitted on rendered
+backgrounds each time it is needed, turns them into a family. It is fitted on seeds of its own, never on a clip it judges.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ WHITE = NAMES.index("white")
 NONE = "none"
 
 MIN_CHROMA, MIN_WHITE = 0.28, 0.80
-"""A pixel belongs to an object from this difference of its channels, or this smallest channel; backgrounds reach 0.07 and 0.66."""
+"""A pixel is an object's from this difference of its channels, or this smallest channel; backgrounds: 0.07, 0.66."""
 MIN_RADIUS = 0.05
 """Smallest object, radius over the frame's shorter side; the smallest ones drawn have 0.12."""
 MIN_TRAVEL = 0.12
@@ -53,9 +53,10 @@ FLOW_SIDE, FLOW_PAIRS = 128, 8
 class Seen:
     """What a clip shows; "none" where nothing could be told.
 
-    colour, shape, size, motion: as `data` names them. direction: one of the eight, of the path's straight part, whatever
-    the kind of motion; "still" without motion. moves: the object's path has an extent. objects: median count of regions.
-    dx, dy: displacement along the straight line that fits the path best, in fractions of the frame.
+    colour, shape, size, motion: as `data` names them. direction: one of the eight, of the straight line that fits the
+    path best, whatever the kind of motion; "still" without motion. moves: the path has an extent. objects: median count
+    of regions.
+    dx, dy: displacement along that line, in fractions of the frame.
     """
 
     colour: str = NONE
