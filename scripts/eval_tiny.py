@@ -10,8 +10,8 @@ Scores are shares of clips, with Wilson's 95 % interval (clips taken as independ
 
 - colour: the palette's nearest hue (or white) of most saturated pixels is the caption's.
 - shape: the object's outline, all frames laid over each other, overlaps a rendered outline of the caption's shape most.
-- direction (prompts with one of the eight directions): the straight line through the object's path points there, and
-  optical flow on the object agrees to within 45 degrees.
+- direction (prompts with one of the eight directions): of all kinds of path a straight one fits best and points there,
+  and optical flow on the object agrees to within 45 degrees.
 - motion (all prompts): of the paths that the generator knows (eight straight ones, both circles, both bounces, still),
   the caption's fits best and explains at least 75 % of the path's variance.
 - background: the family that texture statistics of what lies around the object tell.

@@ -3,7 +3,7 @@
 The object is masked out of every frame and the frames are averaged; of what is left, statistics are taken: how much a
 plane explains, the gradients' common direction (structure tensor), energy by spatial frequency and by angle, the
 highest repeat in the autocorrelation, the distribution of levels. A small forest of random trees, fitted on rendered
-backgrounds each time it is needed, turns them into a family. It is fitted on seeds of its own, never on a clip it judges.
+backgrounds each time it is needed, turns them into a family. It is fitted on seeds of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SIDE = 64
 """Shorter side of the picture whose texture is measured, in pixels."""
 BANDS = (0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 7.0, 9.0, 12.0, 24.0)
 """Borders of the frequency bands, cycles per shorter side."""
-FIT_SEED, FIT_EACH, TREES = 7_000_003, 100, 160
+FIT_SEED, FIT_EACH, TREES = 7_000_003, 100, 100
 MIN_SHARE = 0.45
 """Share of the trees that must agree; below it the background is "none"."""
 MIN_CONTRAST = 0.012
@@ -41,7 +41,8 @@ def plate(video: NDArray[np.float32], labels: NDArray[np.int8]) -> NDArray[np.fl
     reach = 2 * max(2, min(height, width) // 40) + 1
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach, reach))
     free = np.stack([cv2.dilate((frame >= 0).astype(np.uint8), kernel) == 0 for frame in labels])
-    total = (video.mean(axis=-1) * free).sum(axis=0)
+    grey = (video[..., 0] + video[..., 1] + video[..., 2]) / 3
+    total = (grey * free).sum(axis=0)
     count = free.sum(axis=0).astype(np.float32)
     return fill(total / np.maximum(count, 1), count > 0)
 

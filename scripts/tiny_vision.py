@@ -53,10 +53,9 @@ FLOW_SIDE, FLOW_PAIRS = 128, 8
 class Seen:
     """What a clip shows; "none" where nothing could be told.
 
-    colour, shape, size, motion: as `data` names them. direction: one of the eight, of the straight line that fits the
-    path best, whatever the kind of motion; "still" without motion. moves: the path has an extent. objects: median count
-    of regions.
-    dx, dy: displacement along that line, in fractions of the frame.
+    colour, shape, size, motion: as `data` names them. direction: the motion where it is one of the eight straight ones
+    or "still". moves: the path has an extent. objects: median count of regions.
+    dx, dy: displacement along the straight line that fits the path best, in fractions of the frame.
     """
 
     colour: str = NONE
@@ -91,11 +90,17 @@ def _nearest_hue() -> NDArray[np.int8]:
     return np.argmin(np.minimum(gap, np.abs(360 - gap)), axis=1).astype(np.int8)
 
 
+def extremes(video: Video) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The largest and the smallest channel of every pixel (much faster than a reduction over an axis of three)."""
+    red, green, blue = (video[..., i] for i in range(3))
+    return np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
+
+
 def label_colours(video: Video) -> NDArray[np.int8]:
     """Palette index of every pixel, `[frames, height, width]`; -1 where the pixel is muted (background)."""
     hue = np.stack([cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2HSV)[..., 0] for frame in video])
-    labels = _nearest_hue()[np.clip(np.nan_to_num(hue), 0, 360).astype(np.int16)]
-    high, low = video.max(axis=-1), video.min(axis=-1)
+    labels = _nearest_hue()[hue.astype(np.int16)]
+    high, low = extremes(video)
     labels[high - low < MIN_CHROMA] = -1
     labels[low > MIN_WHITE] = WHITE
     return labels
@@ -107,7 +112,7 @@ def _min_area(video: NDArray[np.generic]) -> float:
 
 def dominant(labels: NDArray[np.int8]) -> int:
     """Palette index of the colour with most pixels; -1 if it has less than half the least object's area."""
-    counts = np.bincount(labels[labels >= 0].astype(np.int64), minlength=len(NAMES))
+    counts = np.bincount(labels.ravel() + 1, minlength=len(NAMES) + 1)[1:]
     best = int(counts.argmax())
     return best if counts[best] >= _min_area(labels) * len(labels) / 2 else -1
 
@@ -117,7 +122,8 @@ def count_objects(labels: NDArray[np.int8]) -> int:
     least, counts = _min_area(labels), []
     for frame in labels:
         total = 0
-        for index in np.unique(frame[frame >= 0]):
+        sizes = np.bincount(frame.ravel() + 1, minlength=len(NAMES) + 1)[1:]
+        for index in np.flatnonzero(sizes >= least):
             _, _, stats, _ = cv2.connectedComponentsWithStats((frame == index).astype(np.uint8), connectivity=8)
             total += int((stats[1:, cv2.CC_STAT_AREA] >= least).sum())
         counts.append(total)
@@ -126,7 +132,7 @@ def count_objects(labels: NDArray[np.int8]) -> int:
 
 def coverage(video: Video, labels: NDArray[np.int8], colour: int) -> NDArray[np.float32]:
     """How much of every pixel the object covers, [frames, height, width] in [0, 1], from how strong its colour is."""
-    inside, high, low = labels == colour, video.max(axis=-1), video.min(axis=-1)
+    inside, (high, low) = labels == colour, extremes(video)
     if colour == WHITE:
         ground = float(np.median(low[labels < 0])) if (labels < 0).any() else 0.0
         full = float(np.median(low[inside]))
@@ -253,14 +259,15 @@ def sector(dx: float, dy: float) -> str:
 
 def object_flow(video: Video, cover: NDArray[np.float32], seen: Track) -> NDArray[np.float64]:
     """Sum (x, y) of DIS optical flow on the object from its first to its last frame, in fractions of the frame."""
-    inside, outside = cover > 0.5, cover < 0.1
-    contrast = np.abs(video[inside].mean(axis=0) - video[outside].mean(axis=0))
+    inside = cover > 0.5
+    some = seen.frames[:: max(1, len(seen.frames) // 4)]
+    contrast = np.abs(video[some][inside[some]].mean(axis=0) - video[some][cover[some] < 0.1].mean(axis=0))
     channel = video[..., int(contrast.argmax())]
     scale = min(1.0, FLOW_SIDE / min(channel.shape[1:]))
     picks = seen.frames[np.unique(np.linspace(0, len(seen.frames) - 1, FLOW_PAIRS + 1).round().astype(int))]
     grey = [cv2.resize(channel[i], None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) for i in picks]
     grey = [np.clip(255 * image, 0, 255).astype(np.uint8) for image in grey]
-    estimator = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    estimator = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
     total = np.zeros(2)
     for at, before, after in zip(picks, grey[:-1], grey[1:], strict=False):
         flow = estimator.calc(before, after, None)
@@ -293,9 +300,10 @@ def look(video: Video, labels: NDArray[np.int8] | None = None) -> Seen:
         return Seen(NAMES[colour], objects=objects)
     shape, size = tell_shape(seen, min(video.shape[1:3]))
     motion, dx, dy = tell_motion(seen, len(video))
-    direction = "still" if motion == "still" else tell_direction(dx, dy, object_flow(video, cover, seen))
-    if motion in data.DIRECTIONS and direction == NONE:
-        motion = NONE
+    direction = "still" if motion == "still" else NONE
+    if motion in data.DIRECTIONS:
+        # A region that moves while the picture does not flow, or flows elsewhere, is no moving object.
+        motion = direction = tell_direction(dx, dy, object_flow(video, cover, seen))
     return Seen(
         colour=NAMES[colour],
         shape=shape,

@@ -1,4 +1,4 @@
-"""The evaluation of the small model: what it sees in clips whose truth is known, its scores, and the script as a program."""
+"""The evaluation of the small model: what it sees in clips of known truth, its scores, and the script."""
 
 from __future__ import annotations
 
