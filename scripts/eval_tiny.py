@@ -45,6 +45,7 @@ from tiny_sheet import contact_sheet, read_strip, write_strip
 from dsattn.cli import models
 from dsattn.errors import UsageError
 from dsattn.pipelines.tiny import data, loader, render
+from dsattn.report import environment
 
 TINY = "tiny"
 
@@ -169,6 +170,7 @@ def report(
         + " ".join(f"--{name} {settings[name]}" for name in names)
         + f"{guidance} --limit {len(scenes)} --seeds {len({job.seed for job in todo})}",
         "settings": settings,
+        "env": environment(),
         "clips_wanted": len(todo),
         "clips_done": len(rows),
         "scores": tiny_scores.scores(judgements),
