@@ -59,8 +59,6 @@ def _source(name: str, one: dict[str, Any]) -> str:
     env, truth = one["env"], one["validation"]
     least = min((row["share"], score) for table in truth.values() for score, row in table.items() if score != "all")
     device = ", ".join(env["gpu"]) if one["settings"]["device"] != "cpu" else env["cpu"]
-    clips = f"{one['clips_done']} of {one['clips_wanted']} clips"
-    return (
-        f"{_head(one)}: {clips}, {one['settings']['dtype']}, {device}, torch {env['torch']}; the measurement is right on at least {least[0]:.1%} of rendered clips (least: {least[1]}). "
-        f"`{one['command']}`. Source: `{name}`."
-    )
+    clips = f"{one['clips_done']} of {one['clips_wanted']} clips, {one['settings']['dtype']}"
+    trust = f"the measurement is right on at least {least[0]:.1%} of rendered clips (least: {least[1]})"
+    return f"{_head(one)}: {clips}, {device}, torch {env['torch']}; {trust}. `{one['command']}`. Source: `{name}`."
