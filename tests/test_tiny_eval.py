@@ -24,6 +24,7 @@ vision = bench_scripts.module("tiny_vision")
 texture = bench_scripts.module("tiny_texture")
 scoring = bench_scripts.module("tiny_scores")
 evaluation = bench_scripts.module("eval_tiny")
+docs_scores = bench_scripts.module("docs_scores")
 
 SIZE = (13, 96, 128)
 SCENES = scoring.held_out_scenes(60)
@@ -217,6 +218,14 @@ def test_script_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     assert len({(row["prompt"], row["seed"]) for row in found["clips"]}) == 4
     assert len(json.dumps(found["clips"])) / 4 * 192 < 100_000
     assert run("--parts", tmp_path / "b", "--steps", "3").exit_code == 2  # other settings are refused
+
+    results = tmp_path / "results"
+    (results / "cpu").mkdir(parents=True)
+    shutil.copy(whole, results / "cpu" / "eval_tiny_5x64x64.json")
+    page = docs_scores.model_scores(results, "tiny", lambda header, rows: "\n".join(map(str, [header, *rows])))
+    assert "5 × 64 × 64, 2 steps: 4 of 4 clips" in page and found["command"] in page
+    assert f"{found['scores']['colour']['share']:.1%}" in page
+    assert docs_scores.model_scores(results, "tiny-joint", str).startswith("Not measured")
 
 
 def _counted(function: Any, calls: list[Any]) -> Any:
