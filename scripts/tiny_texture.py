@@ -22,8 +22,10 @@ SIDE = 64
 """Shorter side of the picture whose texture is measured, in pixels."""
 BANDS = (0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 7.0, 9.0, 12.0, 24.0)
 """Borders of the frequency bands, cycles per shorter side."""
-FIT_SEED, FIT_EACH, TREES = 7_000_003, 100, 100
-MIN_SHARE = 0.45
+FIT_SEED, FIT_EACH, TREES = 7_000_003, 150, 150
+PATTERNS = ("striped", "checkered", "dotted")
+"""Families that repeat: uneven light leaves them what they are."""
+MIN_SHARE = 0.35
 """Share of the trees that must agree; below it the background is "none"."""
 MIN_CONTRAST = 0.012
 """Least standard deviation of the levels; a flatter picture has no texture."""
@@ -114,17 +116,35 @@ def statistics(grey: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.array([plane, coherence, *moments, *tails, *_spectrum(rest), *_repeat(rest)], np.float64)
 
 
+def _smooth(rng: np.random.Generator, shape: tuple[int, int], reach: float) -> NDArray[np.float32]:
+    """Smooth noise in about [-reach, reach], a few bumps a side."""
+    coarse = rng.uniform(-1, 1, (int(rng.integers(3, 7)), int(rng.integers(3, 7)))).astype(np.float32)
+    return np.asarray(cv2.resize(coarse, shape[::-1], interpolation=cv2.INTER_CUBIC) * np.float32(reach))
+
+
 def _example(kind: str, rng: np.random.Generator) -> NDArray[np.float32]:
-    """A background as clips show it: any of several forms, soft, noisy, with a hole where an object hid it."""
+    """A background as clips show it, those of a model too: bent, soft, noisy, unevenly lit, with holes.
+
+    A model's stripes are not straight and its light is not even, and they are stripes still.
+    """
     height, width = ((96, 96), (96, 160), (160, 128), (128, 176), (128, 128))[int(rng.integers(5))]
+    side = min(height, width)
     image = render_background(kind, int(rng.integers(2**31)), height, width).mean(axis=-1)
+    if rng.random() < 0.6:
+        bend = side * rng.uniform(0, 0.05)
+        x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
+        x, y = x + _smooth(rng, x.shape, bend), y + _smooth(rng, x.shape, bend)
+        image = cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+        if kind in PATTERNS:
+            image = image + _smooth(rng, image.shape, rng.uniform(0, 0.06))
     image = cv2.GaussianBlur(image, (0, 0), float(rng.uniform(0.1, 2.5)))
     image = image + rng.normal(0, rng.uniform(0, 0.02), image.shape).astype(np.float32)
     known = np.ones(image.shape, np.uint8)
-    if rng.random() < 0.5:
-        at = (int(rng.uniform(0.2, 0.8) * width), int(rng.uniform(0.2, 0.8) * height))
-        cv2.circle(known, at, int(rng.uniform(0.05, 0.26) * min(height, width)), 0, -1)
-    return fill(image, known > 0)
+    for _ in range(int(rng.integers(3))):
+        at = (int(rng.uniform(0.1, 0.9) * width), int(rng.uniform(0.1, 0.9) * height))
+        axes = (int(rng.uniform(0.05, 0.26) * side), int(rng.uniform(0.05, 0.26) * side))
+        cv2.ellipse(known, at, axes, 0, 0, 360, 0, -1)
+    return fill(np.asarray(image, np.float32), known > 0)
 
 
 @lru_cache(maxsize=1)
@@ -135,7 +155,7 @@ def fitted() -> Any:
     rng = np.random.default_rng(FIT_SEED)
     kinds = [kind for kind in data.BACKGROUNDS for _ in range(FIT_EACH)]
     examples = np.stack([statistics(_example(kind, rng)) for kind in kinds])
-    return ExtraTreesClassifier(TREES, random_state=0, min_samples_leaf=2).fit(examples, kinds)
+    return ExtraTreesClassifier(TREES, max_features=0.4, random_state=0).fit(examples, kinds)
 
 
 def tell_background(video: NDArray[np.float32], labels: NDArray[np.int8]) -> str:
