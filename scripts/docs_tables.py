@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import attention_tables
+import docs_scores
 import typer.main
 
 from dsattn.cli.app import app
@@ -377,6 +378,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "implementations": implementations,
     "kernel_resources": kernel_resources,
     "methods": methods,
+    "model_scores": lambda model: docs_scores.model_scores(RESULTS.parent, model, table),
     "presets": presets,
     "quantization_error": quantization_error,
     "report_fields": report_fields,
