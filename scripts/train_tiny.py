@@ -37,7 +37,7 @@ from dsattn.pipelines.tiny.training import Optimizer, gradient
 
 Z_DIM = 32
 NOISE_BINS = (0.0, 0.3, 0.6, 0.8, 0.9, 0.95, 0.98, 1.001)
-HELD_OUT_GRID, HELD_OUT_CLIPS, HELD_OUT_LEVELS = (9, 12, 12), 8, (0.5, 0.8, 0.9, 0.95)
+HELD_OUT_GRID, HELD_OUT_LEVELS = (9, 12, 12), (0.5, 0.8, 0.9, 0.95)
 """What the loss of the averaged weights is measured on between steps, the same in every run."""
 
 
@@ -106,6 +106,7 @@ class Settings:
     kind: str = "tiny"
     init: Path | None = None
     loaders: int = 0
+    held_out: int = 8
 
 
 class Run:
@@ -209,8 +210,9 @@ def checkpoint(state: Run, settings: Settings, held_out: list[Batch]) -> None:
     state.save()
     if settings.export:
         state.export(settings.export)
-    errors = state.held_out_error(held_out)
-    write_log(settings.run, {"step": state.step, "seconds": round(state.seconds, 1), "held_out": errors})
+    if held_out:
+        errors = state.held_out_error(held_out)
+        write_log(settings.run, {"step": state.step, "seconds": round(state.seconds, 1), "held_out": errors})
 
 
 def train(rank: int, settings: Settings) -> None:
@@ -223,7 +225,9 @@ def train(rank: int, settings: Settings) -> None:
     tokens = settings.tokens or (65536 if settings.device == "cuda" else 5760)
     clips = Clips(state.codec, settings.seed, tokens, rank, settings.workers)
     loader = Loader(clips, state.step, settings.loaders)
-    held_out = clips.held_out(HELD_OUT_CLIPS, HELD_OUT_GRID, HELD_OUT_LEVELS) if rank == 0 else []
+    held_out = (
+        clips.held_out(settings.held_out, HELD_OUT_GRID, HELD_OUT_LEVELS) if rank == 0 and settings.held_out else []
+    )
     state.model.train()
     last_save, last_log, session, pairs = time.monotonic(), time.monotonic(), 0, []
     while True:
@@ -280,6 +284,7 @@ def main(
     kind: str = typer.Option("tiny", help="tiny or tiny-joint."),
     init: Path | None = typer.Option(None, help="Folder with weights of tiny to start from, its codec included."),
     loaders: int = typer.Option(0, help="Processes that draw batches ahead; a GPU wants as many as there are cores."),
+    held_out: int = typer.Option(8, help="Held-out clips whose loss is logged at every checkpoint (0: none)."),
 ) -> None:
     """Train until the budget is used up."""
     if (minutes > 0) == (steps > 0):
@@ -303,6 +308,7 @@ def main(
         kind=kind,
         init=init,
         loaders=loaders,
+        held_out=held_out,
     )
     if workers > 1:
         torch.multiprocessing.spawn(train, args=(settings,), nprocs=workers)

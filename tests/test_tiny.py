@@ -161,4 +161,4 @@ def test_defaults_are_the_small_models() -> None:
     pipe.transformer.register_forward_pre_hook(record, with_kwargs=True)
     with pytest.raises(InterruptedError):  # the shapes are all this test needs: the full size takes seconds
         pipe("a red circle", output_type="latent")
-    assert shapes == [((1, pipe.vae.config.z_dim, 9, 32, 32), (1, MAX_TEXT, 128))]
+    assert shapes == [((1, pipe.vae.config.z_dim, 9, 32, 32), (1, pipe.tokenizer.model_max_length, 128))]

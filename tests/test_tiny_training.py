@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,11 @@ import pytest
 import torch
 
 from dsattn.pipelines.tiny import batches, data
-from dsattn.pipelines.tiny.loader import WEIGHTS, load_codec, load_tiny
+from dsattn.pipelines.tiny.loader import WEIGHTS, load_codec, load_tiny, load_tiny_joint
 from dsattn.pipelines.tiny.model import build_tokenizer
 from dsattn.pipelines.tiny.trainable import build_trainable, carry_words
 from dsattn.pipelines.tiny.training import CpuTrainingProcessor
+from tests.bench_scripts import SCRIPTS, run
 from tests.test_tiny import script
 
 
@@ -171,6 +173,7 @@ def test_training_resumes_equal(tmp_path: Path) -> None:
             export=folder / "export",
             device="cpu",
             codec_clips=8,
+            held_out=1 if stop_after == 3 else 0,
         )
 
     training.train(0, settings("whole", 3))
@@ -183,6 +186,8 @@ def test_training_resumes_equal(tmp_path: Path) -> None:
     for name, tensor in whole.items():
         assert torch.equal(tensor, halves[name]), name
     assert json.loads((tmp_path / "halves" / "state.json").read_text())["step"] == 3
+    log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["held_out"].keys() == {"0.5", "0.8", "0.9", "0.95"}
     exported = load_tiny(weights_dir=tmp_path / "whole" / "export")
     bias = exported.transformer.proj_out.bias
     assert torch.equal(bias, whole["ema/transformer.proj_out.bias"])
@@ -222,3 +227,15 @@ def test_the_decoder_learns_and_latents_stay(tmp_path: Path) -> None:
     stored = load_tiny(weights_dir=tmp_path / "weights").vae
     assert stored.config.refine_width == 24
     assert torch.allclose(stored.decode(latents).sample, codec.decode(latents).sample, atol=5e-3)
+
+
+# ---- both models in one go -----------------------------------------------------------------------------------------
+
+
+def test_the_gpu_script_trains_both_models(tmp_path: Path) -> None:
+    done = run("bash", str(SCRIPTS / "gpu_train.sh"), "--tiny", PYTHON=sys.executable, OUT=str(tmp_path), WHEELS="none")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, load in (("tiny", load_tiny), ("joint", load_tiny_joint)):
+        assert load(weights_dir=tmp_path / name / "weights").vae.config.z_dim == 32
+    refused = run("bash", str(SCRIPTS / "gpu_train.sh"), "--tinny", PYTHON=sys.executable)
+    assert refused.returncode == 2 and "--tinny" in refused.stderr
