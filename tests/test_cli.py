@@ -44,6 +44,7 @@ def test_generate(tmp_path, capsys):
     assert side["config"]["density"] == 0.4 and side["config"]["dense_steps"] == 1 and side["method"] == "topk"
     assert side["calls"] == {"dense": 12, "refresh": 12} and side["impls"] == {"pipeline": 12, "torch": 12}
     assert len(side["times_s"]["steps"]) == 2 and side["fallbacks"] == []
+    assert side["times_s"]["compile"] == 0.0
     assert side["command"].startswith("dsattn generate 'a large red circle")
     out, err = capsys.readouterr()
     assert "saved" in out and "a/clip.mp4" in out and "density" in out and "torch 12" in out
