@@ -3,9 +3,9 @@
     python scripts/kmeans_precision.py --out benchmarks/results/cpu
 
 On a GPU, half-precision tokens meet centroids of one or of two bfloat16 numbers (``kernels.kmeans_triton``). Here the
-same is computed in fp32 on the inputs of ``quantization_error.py``: centroids come from a noisier copy of the tokens, as
-from an earlier step. The table has the share of tokens with the label that exact centroids give them, and the sum of
-squared distances to the final means over that of exact centroids. Nothing here is a time.
+same is computed in fp32 on the inputs of ``quantization_error.py``: centroids come from a noisier copy of the tokens,
+as from an earlier step. The table has the share of tokens with the label that exact centroids give them, and the sum
+of squared distances to the final means over that of exact centroids. Nothing here is a time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from dsattn.report import environment
 COUNT = 64
 # Noise between the step that left the centroids and this one, as a share of the tokens' deviation.
 DRIFT = 0.2
+# Kinds of inputs, and whose tokens: outliers stand in keys alone.
+INPUTS = (("normal", "q"), ("normal", "k"), ("K channels", "k"))
 SCHEDULES = {"coarse, exact": (True, False), "coarse, coarse": (True, True)}
 
 
@@ -78,7 +80,9 @@ def main(
 ) -> None:
     """Measure and write the table."""
     kinds = [kind for kind in quantization_error.INPUTS if "tokens" not in kind]
-    rows = [measure(kind, side, head_dim, seed) for kind in kinds for side in "qk" if (kind, side) != ("K channels", "q")]
+    rows = [
+        measure(kind, side, head_dim, seed) for kind in kinds for side in "qk" if (kind, side) != ("K channels", "q")
+    ]
     out.mkdir(parents=True, exist_ok=True)
     result = {"env": environment(), "clusters": COUNT, "drift": DRIFT, "rows": rows}
     (out / "kmeans_precision.json").write_text(json.dumps(result, indent=1) + "\n")
