@@ -12,9 +12,12 @@ import pytest
 import torch
 
 import dsattn
+from dsattn.cli import models
 from dsattn.cli.app import run
 from dsattn.cli.defaults import DEFAULTS
 from dsattn.cli.errors import FAILED, INTERRUPTED, MEMORY, QUALITY, STRICT, USAGE, explain
+from dsattn.measure import Job
+from dsattn.pipelines.registry import find_transformers
 from dsattn.report_file import why_invalid
 from dsattn.video import CAPTION_HEIGHT, read_mp4
 
@@ -324,6 +327,23 @@ BAD = [
     (["report", "list.json", "--html", "broken.yaml/a.html"], ["broken.yaml is a file"]),
     (["diff", "list.json"], ["B"]),
 ]
+
+
+@pytest.mark.parametrize("name", ["wan", "wan_ti2v", "hunyuan", "hunyuan15", "cogvideox", "mochi", "ltx"])
+def test_sizes_fill_whole_patches(name):
+    """What the family runs with passes; two pixels more do not, and of what is named instead a patch is filled."""
+    pipe, arguments = tiny_pipelines.BUILDERS[name]()
+    height, width = (arguments.get(side, 64) for side in ("height", "width"))
+    models.check_size(pipe, Job(PROMPT, height=height, width=width))
+    with pytest.raises(dsattn.UsageError, match=r"--height must be a multiple of \d+ for .*, got .*; try") as refused:
+        models.check_size(pipe, Job(PROMPT, height=height + 2, width=width))
+    words = str(refused.value).replace(",", "").split()
+    factor, offered = int(words[words.index("of") + 1]), [int(word) for word in words[words.index("try") + 1 :: 2]]
+    patch = next(iter(find_transformers(pipe).values())).config.patch_size
+    assert height in offered and all(size % factor == 0 for size in offered)
+    assert factor % (patch if isinstance(patch, int) else patch[1]) == 0
+    if name == "wan":
+        assert factor == 16 and offered == [height, height + 16]
 
 
 @pytest.mark.parametrize(("arguments", "words"), BAD, ids=lambda value: " ".join(value)[-40:])

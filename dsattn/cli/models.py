@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ def check_size(pipe: Any, job: Job) -> None:
     name = type(pipe).__name__
     for side, value, patch in zip(("--height", "--width"), (job.height, job.width), _patch(pipe), strict=True):
         # A latent that fills no patch is refused late, or dropped.
-        factor = patch * (spatial or 1)
+        factor = math.lcm(patch * (spatial or 1), getattr(pipe, "dsattn_size_multiple", 1))
         if value is not None and value % factor:
             raise UsageError(
                 f"{side} must be a multiple of {factor} for {name}, got {value}; try {_near(value, factor, 0)}"
