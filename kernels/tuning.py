@@ -44,6 +44,20 @@ def using(mode: str) -> Iterator[None]:
         _mode.reset(token)
 
 
+@lru_cache(maxsize=1)
+def load_space() -> Mapping[str, Mapping[str, tuple[Shape, ...]]]:
+    """Candidates by target and ``"kernel variant"``, beside the static shape; none of them spills registers.
+
+    Each is (queries, keys, warps, stages); of ``block_sparse_tma``, the fifth number says whether warps have roles.
+    Written by ``scripts/tuning_space.py``.
+    """
+    table = json.loads(Path(__file__).with_name("tuning_space.json").read_text(encoding="utf-8"))
+    return {
+        target: {name: tuple(map(tuple, shapes)) for name, shapes in variants.items()}
+        for target, variants in table.items()
+    }
+
+
 @dataclass(frozen=True)
 class Request:
     """What a launcher asks for.
@@ -80,7 +94,7 @@ class Tuner:
     triton: str
     folder: Path
     clock: Callable[[Callable[[], Any]], float]
-    space: Mapping[str, Mapping[str, tuple[Shape, ...]]] = field(default_factory=lambda: load_space())
+    space: Mapping[str, Mapping[str, tuple[Shape, ...]]] = field(default_factory=load_space)
     history: list[dict[str, Any]] = field(default_factory=list)
     _known: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -191,20 +205,6 @@ def fingerprint(*paths: str | Path) -> str:
     for path in paths:
         digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:16]
-
-
-@lru_cache(maxsize=1)
-def load_space() -> Mapping[str, Mapping[str, tuple[Shape, ...]]]:
-    """Candidates by target and ``"kernel variant"``, beside the static shape; none of them spills registers.
-
-    Each is (queries, keys, warps, stages); of ``block_sparse_tma``, the fifth number says whether warps have roles.
-    Written by ``scripts/tuning_space.py``.
-    """
-    table = json.loads(Path(__file__).with_name("tuning_space.json").read_text(encoding="utf-8"))
-    return {
-        target: {name: tuple(map(tuple, shapes)) for name, shapes in variants.items()}
-        for target, variants in table.items()
-    }
 
 
 def cache_folder() -> Path:
