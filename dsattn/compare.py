@@ -28,6 +28,7 @@ class Comparison:
         own: one run of the plain pipeline, where another dense attention was faster and became the baseline.
         instrumented: a run per mode with GPU events around attention; empty on a CPU, where every run carries timers.
         warmup_s: seconds of each mode's warm-up, compilation included.
+        compile_s: seconds of these spent compiling kernels of attention; None where the plain pipeline ran.
         compiled_while_measuring: graphs compiled during measured runs; above 0 the times are too long.
         maps: what every call of the first sparse run did.
 
@@ -40,6 +41,7 @@ class Comparison:
     own: Run | None = None
     instrumented: dict[str, Run] = field(default_factory=dict)
     warmup_s: dict[str, float] = field(default_factory=dict)
+    compile_s: dict[str, float | None] = field(default_factory=dict)
     order: str = ""
     compiled_while_measuring: int = 0
     maps: CallMaps | None = None
@@ -104,8 +106,9 @@ def compare(
     for name, settings in {"dense": modes["dense"], "sparse": warm}.items():
         count = steps if name == "sparse" else 1
         began = time.perf_counter()
-        once(name, settings, f"warm-up {name}", count, baseline.cudnn)
+        summary = once(name, settings, f"warm-up {name}", count, baseline.cudnn).summary
         result.warmup_s[name] = time.perf_counter() - began
+        result.compile_s[name] = None if summary is None else summary["compile_s"]
 
     graphs = _compiled_graphs()
     for repeat in range(repeats):

@@ -170,7 +170,10 @@ def choose_impl(
         if reason is None:
             return name, "; ".join(passed_over) or f"best for {kind}"
         passed_over.append(f"{name}: {reason}")
-    raise ImplUnavailableError(f"no implementation runs on {q.device}: {'; '.join(passed_over)}")
+    ways_out = ""
+    if quantization and why_not(q, "torch", plan, verdict, quantization) is None:
+        ways_out = "; leave quantization out, or name impl='torch' (--impl torch), which emulates it at no speed"
+    raise ImplUnavailableError(f"no implementation runs on {q.device}: {'; '.join(passed_over)}{ways_out}")
 
 
 def why_not(

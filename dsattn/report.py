@@ -161,6 +161,7 @@ def _mode(result: Comparison, name: str) -> dict[str, Any]:
         "sparse_step": spread([t for run in runs for t in run.step_s[dense_steps:]]),
         "dense_steps": dense_steps,
         "warmup_s": result.warmup_s[name],
+        "compile_s": result.compile_s[name],
         "peak_memory": {
             key: max(run.memory[key] for run in timed if key in run.memory)
             for key in sorted({key for run in timed for key in run.memory})
@@ -212,6 +213,8 @@ def _protocol(result: Comparison, load_s: float | None) -> dict[str, Any]:
         notes.append(f"dense calls of the sparse runs use the baseline's {survey.baseline.name} attention too")
     if result.compiled_while_measuring:
         notes.append(f"{result.compiled_while_measuring} graphs were compiled during measured runs: times are too long")
+    elif late := sum(run.summary["compile_s"] for run in result.dense + result.sparse if run.summary is not None):
+        notes.append(f"kernels were compiled for {late:.2f} s during measured runs: times are too long")
     if len(result.dense) == 1:
         notes.append("one run per mode: no spread and no noise floor; use --repeats 2 or more")
     return {

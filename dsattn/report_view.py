@@ -111,6 +111,9 @@ def _times(report: dict[str, Any]) -> list[Row]:
     for name, key in (("text", "text_s"), ("decode", "vae_s")):
         found.append(_plain(name, middle(dense[key]), middle(sparse[key]), ""))
     found.append(_plain("warm-up", dense["warmup_s"], sparse["warmup_s"], "compilation included; in no other row", 0))
+    found.append(
+        _plain("compiling", dense.get("compile_s"), sparse.get("compile_s"), "kernels of attention, in warm-up")
+    )
     return found
 
 
@@ -173,6 +176,8 @@ def apart(report: dict[str, Any]) -> str:
     """What is in no row of the short table."""
     dense, sparse = report["runs"]["dense"], report["runs"]["sparse"]
     text = f"warm-up and compilation {seconds(dense['warmup_s'])} dense, {seconds(sparse['warmup_s'])} sparse"
+    if sparse.get("compile_s"):
+        text += f" ({seconds(sparse['compile_s'])} of it compiling attention)"
     for name, key in (("text", "text_s"), ("decode", "vae_s")):
         if (value := middle(sparse[key])) is not None:
             text += f"; {name} {seconds(value)}"

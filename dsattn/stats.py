@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dsattn.grid import Call
+from dsattn.kernels import compile_time
 
 Kind = Literal["dense", "refresh", "reuse", "fallback"]
 
@@ -29,6 +30,7 @@ class Record:
     error: ``[H]`` estimated relative L2 error of the output, root mean square over the batch; None where none was made.
     layer_error: ``[]`` the same of all heads together.
     plan_s, attend_s, monitor_s: seconds, measured where ``Config.timing`` is set.
+    compile_s: seconds of these spent compiling kernels, always measured; 0 but where a call is the first of its kind.
     """
 
     model: str
@@ -45,6 +47,7 @@ class Record:
     plan_s: float = 0.0
     attend_s: float = 0.0
     monitor_s: float = 0.0
+    compile_s: float = 0.0
     events: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def read_events(self) -> None:
@@ -106,6 +109,7 @@ class RunStats:
             "plan_s": sum(r.plan_s for r in self.records),
             "attend_s": sum(r.attend_s for r in self.records),
             "monitor_s": sum(r.monitor_s for r in self.records),
+            "compile_s": sum(r.compile_s for r in self.records),
             "refresh_reasons": dict(Counter(r.reason for r in self.records if r.kind == "refresh")),
             "estimated_error": _rms(r.layer_error for r in self.records),
             "estimated_error_by_layer": self._error_by("layer"),
@@ -145,7 +149,11 @@ def _mean(density: Tensor | None) -> float:
 
 @contextmanager
 def timed(record: Record, name: str, device: torch.device, enabled: bool) -> Iterator[None]:
-    """Measure a block into ``record.plan_s``, ``attend_s`` or ``monitor_s``; on a GPU by events, no waiting."""
+    """Measure a block into ``record.plan_s``, ``attend_s`` or ``monitor_s``; on a GPU by events, no waiting.
+
+    ``compile_s`` grows also where this is not ``enabled``.
+    """
+    compiled = compile_time.seconds()
     if not enabled:
         yield
     elif device.type == "cuda":
@@ -158,3 +166,4 @@ def timed(record: Record, name: str, device: torch.device, enabled: bool) -> Ite
         began = time.perf_counter()
         yield
         setattr(record, name, time.perf_counter() - began)
+    record.compile_s += compile_time.seconds() - compiled

@@ -1,4 +1,6 @@
-"""Softmax mass of every pair of blocks, exactly, once the log-sum-exp of the rows is known: for calibration."""
+"""Softmax mass of every pair of blocks, exactly, once the log-sum-exp of the rows is known: for calibration,
+and the scores that every cheaper scorer estimates (``topk`` with ``scorer="exact"``).
+"""
 
 from __future__ import annotations
 
@@ -49,6 +51,20 @@ def block_mass(q: Tensor, k: Tensor, lse: Tensor, plan: BlockPlan, *, scale: flo
         by_block.scatter_add_(3, k_block[:, :, None].expand_as(weights), weights)
         mass.scatter_add_(2, q_block[:, :, rows, None].expand_as(by_block), by_block)
     return mass
+
+
+def row_lse(q: Tensor, k: Tensor, *, scale: float) -> Tensor:
+    """Log-sum-exp of every row of dense attention, ``[B, H, Sq]`` fp32 (fp64), natural log; chunk by chunk.
+
+    Args:
+        q, k: ``[B, S, H, D]``; computed in fp32 (fp64 for fp64).
+        scale: factor on q·k.
+
+    """
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    queries, keys = (x.transpose(1, 2).to(work) for x in (q, k))
+    rows_at_once = max(1, LOGITS // (q.shape[0] * q.shape[2] * k.shape[1]))
+    return torch.cat([(rows @ keys.mT * scale).logsumexp(-1) for rows in queries.split(rows_at_once, 2)], -1)
 
 
 def _readable(plan: BlockPlan) -> Tensor | None:

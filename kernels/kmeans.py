@@ -4,7 +4,8 @@ The rules are SVG2's (arXiv 2505.18875): squared Euclidean distance, ties to the
 its centroid, warm start from centroids of an earlier step. Differs in: a fixed number of iterations (no host
 synchronisation to stop early), first centroids drawn without replacement from a seeded generator, fp32 throughout.
 
-On a GPU each iteration runs in Triton (``kernels.kmeans_triton``); the torch code here is its specification.
+On a GPU each iteration runs in Triton (``kernels.kmeans_triton``); the torch code here is its specification, but for
+half-precision tokens there: before the last iteration they meet centroids rounded to their dtype.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def kmeans(x: Tensor, centroids: Tensor, iterations: int) -> Clusters:
     if runs_triton(x):
         from dsattn.kernels import kmeans_triton
 
-        for _ in range(iterations):
-            labels, order, centroids, sizes = kmeans_triton.iterate(x, centroids)
+        for left in reversed(range(iterations)):
+            labels, order, centroids, sizes = kmeans_triton.iterate(x, centroids, coarse=left > 0)
         return Clusters(labels, order, centroids, sizes)
     x = x.float()
     for _ in range(iterations):

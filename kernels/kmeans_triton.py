@@ -2,7 +2,8 @@
 
 The specification is the torch code in ``kernels.kmeans``. Facts on the streamed search and on the update from sorted
 labels: flash-kmeans (svg-project). Differs in: no atomic additions, so the same tokens give the same bits; the sort is
-handed on as the permutation; half-precision tokens meet centroids of twice their digits (two products).
+handed on as the permutation; half-precision tokens meet centroids of twice their digits (two products), but in all
+iterations before the last: centroids that move on anyway are rounded to the tokens' dtype (one product).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def _assign(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Grid ``(token tiles, heads, batch)``: argmax over centroids of ``x·c - |c|²/2``, ties to the lowest index.
 
-    Cost: ``2 B H S C D`` FLOPs (twice that for half precision); reads ``B H S D · element`` bytes once and
+    Cost: ``2 B H S C D`` FLOPs (twice that with ``HAS_LOW``); reads ``B H S D · element`` bytes once and
     ``4 B H C D`` bytes per tile of ``BLOCK_S`` tokens (from the L2 cache), writes ``4 B H S``.
     """
     h = tl.program_id(1).to(tl.int64)
@@ -84,22 +85,24 @@ def pick_tiles(head_dim: int, dtype: torch.dtype, arch: int | str) -> Tiles:
     return (_SINGLE if dtype == torch.float32 else _HALF)[max(64, triton.next_power_of_2(head_dim))]
 
 
-def assign(x: Tensor, centroids: Tensor) -> Tensor:
+def assign(x: Tensor, centroids: Tensor, coarse: bool = False) -> Tensor:
     """Index of the nearest centroid, ``[B, H, S]`` int32; scores (token, centroid) never leave the chip.
 
     Args:
         x: ``[B, S, H, D]``, any strides, float16, bfloat16 or float32; D at most 256.
         centroids: ``[B, H, C, D]`` fp32.
+        coarse: nearest of the centroids rounded to x's dtype, at half the cost for half precision.
 
     """
     batch, length, heads, dim = x.shape
+    if coarse:  # its own length goes with a rounded centroid, so that the nearest one of them wins
+        centroids = centroids.to(x.dtype).float()
     if backend() == "interpreter" and x.dtype == torch.bfloat16:  # which it multiplies as integers
         x = x.float()
     centroids = centroids.contiguous()
-    high, low = centroids, None
-    if x.dtype != torch.float32:
+    high, low = centroids.to(x.dtype), None
+    if x.dtype != torch.float32 and not coarse:
         # A half-precision token is exact in the matrix unit; two such numbers hold a centroid to 16 bits or more.
-        high = centroids.to(x.dtype)
         low = (centroids - high).to(x.dtype)
     offset = centroids.square().sum(-1) / 2
     labels = torch.empty(batch, heads, length, dtype=torch.int32, device=x.device)
@@ -116,12 +119,12 @@ def assign(x: Tensor, centroids: Tensor) -> Tensor:
     return labels
 
 
-def iterate(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def iterate(x: Tensor, centroids: Tensor, coarse: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One iteration: labels and the order that sorts them ``[B, H, S]``, new centroids, sizes ``[B, H, C]``.
 
     Cost beyond `assign`: one sort of ``B H`` rows of S labels, and one read of x (`segment_means`).
     """
-    labels = assign(x, centroids)
+    labels = assign(x, centroids, coarse)
     ranked, order = labels.sort(dim=-1, stable=True)
     edges = torch.arange(centroids.shape[2] + 1, dtype=torch.int32, device=x.device)
     starts = torch.searchsorted(ranked, edges.expand(*labels.shape[:2], -1).contiguous(), out_int32=True)

@@ -9,11 +9,13 @@ import torch
 import triton
 
 from dsattn.errors import ImplUnavailableError
+from dsattn.kernels import compile_time
 
 LOG2E = math.log2(math.e)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Read once, when the kernels beside this are decorated.
 _INTERPRETED: bool = triton.knobs.runtime.interpret
+compile_time.listen()
 
 
 class Tiles(NamedTuple):

@@ -1,8 +1,8 @@
 """Autotuning: which tile shape a kernel is launched with on this GPU.
 
 A launcher asks `pick` with its static tile shape. Where the engine's ``autotune`` is ``"measure"``, the candidates of
-``tuning_space`` are timed once per GPU, Triton version and kernel variant, on a problem of fixed size, whatever the
-length of the call; the winner goes to a file in the user's cache folder. ``"cached"`` uses what such files hold and
+``tuning_space.json`` are timed once per GPU, Triton version and kernel variant, on a problem of fixed size, whatever
+the length of the call; the winner goes to a file in the user's cache folder. ``"cached"`` uses what such files hold and
 times nothing, ``"static"`` ignores them. What cannot be read or written is a warning, never an error.
 """
 
@@ -25,8 +25,6 @@ from typing import Any
 
 import torch
 
-from dsattn.kernels.tuning_space import SPACE
-
 # Queries, keys, warps, stages, and whatever else a kernel is compiled with.
 Shape = tuple[int, ...]
 MOST_CANDIDATES = 12
@@ -44,6 +42,20 @@ def using(mode: str) -> Iterator[None]:
         yield
     finally:
         _mode.reset(token)
+
+
+@lru_cache(maxsize=1)
+def load_space() -> Mapping[str, Mapping[str, tuple[Shape, ...]]]:
+    """Candidates by target and ``"kernel variant"``, beside the static shape; none of them spills registers.
+
+    Each is (queries, keys, warps, stages); of ``block_sparse_tma``, the fifth number says whether warps have roles.
+    Written by ``scripts/tuning_space.py``.
+    """
+    table = json.loads(Path(__file__).with_name("tuning_space.json").read_text(encoding="utf-8"))
+    return {
+        target: {name: tuple(map(tuple, shapes)) for name, shapes in variants.items()}
+        for target, variants in table.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,7 @@ class Tuner:
     triton: str
     folder: Path
     clock: Callable[[Callable[[], Any]], float]
-    space: Mapping[str, Mapping[str, tuple[Shape, ...]]] = field(default_factory=lambda: SPACE)
+    space: Mapping[str, Mapping[str, tuple[Shape, ...]]] = field(default_factory=load_space)
     history: list[dict[str, Any]] = field(default_factory=list)
     _known: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -193,11 +205,6 @@ def fingerprint(*paths: str | Path) -> str:
     for path in paths:
         digest.update(Path(path).read_bytes())
     return digest.hexdigest()[:16]
-
-
-def load_space() -> Mapping[str, Mapping[str, tuple[Shape, ...]]]:
-    """Candidates by target and ``"kernel variant"``."""
-    return SPACE
 
 
 def cache_folder() -> Path:

@@ -54,7 +54,8 @@ class Handle:
             ``method``, ``config``; ``calls`` by kind; ``density_all_calls``, ``density_sparse_calls``,
             ``density_by_layer``, ``density_by_step`` (shares of all pairs); ``estimated_error`` in all, by layer and
             by step (relative L2); ``impls``, ``dense_reasons``, ``refresh_reasons`` and ``fallbacks`` (numbers of
-            calls); ``plan_s``, ``attend_s``, ``monitor_s`` (seconds, 0 without ``timing``); ``plan_bytes``.
+            calls); ``plan_s``, ``attend_s``, ``monitor_s`` (seconds, 0 without ``timing``); ``compile_s`` (seconds of
+            these spent compiling kernels, with or without ``timing``); ``plan_bytes``.
 
         """
         return dict(self.engine.summary())

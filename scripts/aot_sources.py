@@ -192,11 +192,10 @@ def helper_source(variant: Helper, target: GPUTarget) -> ASTSource:
     layout = {"Lse": "*fp32", "Mass": "*fp32", "QOrder": "*i64", "KOrder": "*i64", "KeyLengths": "*i32"}
     starts = {"QStarts": "*i32", "KStarts": "*i32"}
     flat = block_mass_triton.compiles_flat(target.arch)
+    nearest = {"X": element, "High": element, "Offset": "*fp32", "Labels": "*i32"}
     kernel, pointers = {
-        "assign": (
-            kmeans_triton._assign,
-            {"X": element, "High": element, "Low": element if half else None, "Offset": "*fp32", "Labels": "*i32"},
-        ),
+        "assign": (kmeans_triton._assign, nearest | {"Low": element if half else None}),
+        "assign coarse": (kmeans_triton._assign, nearest),
         "errors": (
             cluster_errors_triton._cluster_errors,
             {
@@ -246,7 +245,7 @@ def helper_source(variant: Helper, target: GPUTarget) -> ASTSource:
         "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_S": tiles.block_m, "BLOCK_C": tiles.block_n,
         "BLOCK_R": tiles.block_m, "TILE": tiles.block_m, "CHUNK": quantize_triton.CHUNK, "TILES_K": 1,
         "INT8_QK": True, "FP8_PV": True, "INTERPRETED": False, "FLAT": variant.kernel == "mass" and flat,
-        "HAS_LOW": half, "OUTPUT": True, "ROWS": permute.ROWS, "BACK": False,
+        "HAS_LOW": half and variant.kernel != "assign coarse", "OUTPUT": True, "ROWS": permute.ROWS, "BACK": False,
         **dict.fromkeys(("HAS_ORDER", "HAS_STARTS", "HAS_KEY_LENGTHS", "HAS_EMPTY", "HAS_WEIGHTS"), True),
         **dict.fromkeys(("HAS_Q_ORDER", "HAS_K_ORDER"), True),
         **dict.fromkeys(("HAS_Q_STARTS", "HAS_K_STARTS"), variant.kernel == "mass clusters"),

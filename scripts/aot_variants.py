@@ -83,9 +83,9 @@ class Variant:
 class Helper:
     """One specialisation of a kernel beside attention, all its features on.
 
-    kernel: "assign" (k-means), "errors" (of pooled clusters, in the output), "means" (over runs of positions),
-    "permute", "tail" (per query block), "mass" (of block pairs, equal blocks), "mass clusters", "statistics" and
-    "quantize" (of keys and values) or "row sums" (delta of the backward pass).
+    kernel: "assign" (k-means), "assign coarse" (to rounded centroids), "errors" (of pooled clusters, in the output),
+    "means" (over runs of positions), "permute", "tail" (per query block), "mass" (of block pairs, equal blocks), "mass
+    clusters", "statistics" and "quantize" (of keys and values) or "row sums" (delta of the backward pass).
     """
 
     kernel: str
@@ -124,6 +124,7 @@ VARIANTS: list[Variant | Helper] = [
     ),
     *(Helper("assign", dtype, dim) for dtype in ("bf16", "fp32") for dim in (64, 128, 256)),
     Helper("assign", "fp16", 128),
+    Helper("assign coarse", "bf16", 128),
     *(Helper("errors", dtype, dim) for dtype in ("bf16", "fp32") for dim in (64, 128)),
     Helper("errors", "bf16", 256),
     *(Helper("means", dtype, dim) for dtype in ("bf16", "fp32") for dim in (64, 128)),
@@ -197,8 +198,8 @@ def helper_tiles(variant: Helper, target: GPUTarget) -> launch.Tiles:
     if variant.kernel in stream:
         rows, warps = stream[variant.kernel]
         return launch.Tiles(rows, dim, warps, 3)
-    if variant.kernel in ("assign", "errors"):
-        pick = kmeans_triton.pick_tiles if variant.kernel == "assign" else cluster_errors_triton.pick_tiles
+    if variant.kernel in ("assign", "assign coarse", "errors"):
+        pick = cluster_errors_triton.pick_tiles if variant.kernel == "errors" else kmeans_triton.pick_tiles
         return pick(dim, dtype, target.arch)
     tiles = launch.pick_tiles(*((64, 32) if variant.kernel == "tail" else (128, 64)), dim, dtype, target.arch)
     if variant.kernel.startswith("mass"):

@@ -118,13 +118,19 @@ def clustering(shape: Shape) -> list[Cost]:
     tensor = rows * dim * ELEMENT
     both = Q_CLUSTERS + K_CLUSTERS
     return [
-        Cost(
-            "k-means: assign q and k",
-            "assign bf16 d128",
-            2 * tensor + 2 * 4 * rows,
-            bf16=2 * 2 * rows * both * dim,
-            vector=3 * rows * both,
-            note="two products: a centroid is held to 16 bits",
+        *(
+            Cost(
+                f"k-means: assign q and k, {when}",
+                variant,
+                2 * tensor + 2 * 4 * rows,
+                bf16=products * 2 * rows * both * dim,
+                vector=3 * rows * both,
+                note=note,
+            )
+            for when, variant, products, note in (
+                ("before the last iteration", "assign coarse bf16 d128", 1, "one product: centroids are rounded"),
+                ("last iteration", "assign bf16 d128", 2, "two products: a centroid is held to 16 bits"),
+            )
         ),
         Cost(
             "k-means: sort of labels (torch)",

@@ -1,4 +1,4 @@
-"""Writes kernels/tuning_space.py: the tile shapes that autotuning may time, by GPU, from the compiler's report.
+"""Writes kernels/tuning_space.json: the tile shapes that autotuning may time, by GPU, from the compiler's report.
 
     python scripts/tuning_space.py                 # all targets; --target sm_90 does one and keeps the others
 
@@ -9,6 +9,7 @@ when the block-sparse kernel or the static tiles change.
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,7 +23,7 @@ from dsattn.kernels import launch
 from dsattn.kernels.launch import Specialized, Tiles
 from dsattn.kernels.tuning import MOST_CANDIDATES, load_space
 
-FILE = Path(__file__).resolve().parent.parent / "kernels" / "tuning_space.py"
+FILE = Path(__file__).resolve().parent.parent / "kernels" / "tuning_space.json"
 # Bytes of shared memory a program may use.
 SHARED = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
 HEAD_DIMS = (64, 128)
@@ -31,16 +32,6 @@ FAMILIES = {"fixed": ((128, 128), (128, 64), (64, 64)), "clusters": ((64, 64),),
 # The kernel with tensor descriptors takes equal blocks only, and is where these GPUs run them.
 TMA_TARGETS = ("sm_90", "sm_100")
 TMA_BLOCKS = FAMILIES["fixed"]
-
-HEADER = '''"""Tile shapes that autotuning may time beside the static one, by GPU and variant.
-
-Written by scripts/tuning_space.py. None of them spills registers. Each is (queries, keys, warps, stages); of
-``block_sparse_tma``, the fifth number says whether warps have roles.
-"""
-
-from __future__ import annotations
-
-'''
 
 
 def candidates(block_q: int, block_k: int, head_dim: int, arch: int) -> list[Tiles]:
@@ -119,14 +110,14 @@ def fits(got: aot_report.Measured, target: str) -> bool:
 
 
 def render(space: dict[str, dict[str, list[tuple[int, ...]]]]) -> str:
-    """The module's text."""
-    lines = ["SPACE: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {"]
-    for target, variants in space.items():
-        lines += [f'    "{target}": {{']
-        for name, shapes in variants.items():
-            lines += [f'        "{name}": (', *(f"            {shape}," for shape in shapes), "        ),"]
-        lines += ["    },"]
-    return HEADER + "\n".join([*lines, "}"]) + "\n"
+    """The file's text: a variant a line."""
+    targets = [
+        f"  {json.dumps(target)}: {{\n"
+        + ",\n".join(f"    {json.dumps(name)}: {json.dumps(shapes)}" for name, shapes in variants.items())
+        + "\n  }"
+        for target, variants in space.items()
+    ]
+    return "{\n" + ",\n".join(targets) + "\n}\n"
 
 
 def main(

@@ -90,6 +90,7 @@ VARIANTS = [
     _topk({"top_p": 1.0}, order="tile", scorer="subblock", top_p=0.5, block_q=16, block_k=32),
     _topk({"density": 1.0}, order="morton", density=0.1, top_p=0.3, tail="pooled_block", routing_noise=0.5),
     _topk({"density": 1.0}, order="hilbert", scorer="subblock", density="0:0.4,1:0.2", block_q=32, block_k=32),
+    _topk({"density": 1.0}, order="tile", scorer="exact", density=0.3, block_q=32, block_k=16),
     Variant("sol", {"tau": 0.7, "block": 16}, {"tau": -10.0}),
     Variant(
         "sol",

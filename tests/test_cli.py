@@ -12,9 +12,12 @@ import pytest
 import torch
 
 import dsattn
+from dsattn.cli import models
 from dsattn.cli.app import run
 from dsattn.cli.defaults import DEFAULTS
 from dsattn.cli.errors import FAILED, INTERRUPTED, MEMORY, QUALITY, STRICT, USAGE, explain
+from dsattn.measure import Job
+from dsattn.pipelines.registry import find_transformers
 from dsattn.report_file import why_invalid
 from dsattn.video import CAPTION_HEIGHT, read_mp4
 
@@ -44,6 +47,7 @@ def test_generate(tmp_path, capsys):
     assert side["config"]["density"] == 0.4 and side["config"]["dense_steps"] == 1 and side["method"] == "topk"
     assert side["calls"] == {"dense": 12, "refresh": 12} and side["impls"] == {"pipeline": 12, "torch": 12}
     assert len(side["times_s"]["steps"]) == 2 and side["fallbacks"] == []
+    assert side["times_s"]["compile"] == 0.0
     assert side["command"].startswith("dsattn generate 'a large red circle")
     out, err = capsys.readouterr()
     assert "saved" in out and "a/clip.mp4" in out and "density" in out and "torch 12" in out
@@ -301,8 +305,9 @@ BAD = [
     (["generate", PROMPT, "--model", "nobody/nothing"], ["nobody/nothing", "network"]),
     (["generate", "--model", "nobody/nothing"], ["PROMPT is missing"]),
     (["generate", PROMPT, "--frames", "6"], ["--frames must be 4n+1", "6", "5 or 9"]),
-    (["generate", PROMPT, "--height", "100"], ["--height", "multiple of 8", "100", "96 or 104"]),
-    (["generate", PROMPT, "--height", "104", "--frames", "5"], ["divisible by 16", "104"]),
+    (["generate", PROMPT, "--height", "70"], ["--height", "multiple of 16", "70", "64 or 80"]),
+    (["generate", PROMPT, "--width", "104", "--frames", "5"], ["--width", "multiple of 16", "104", "96 or 112"]),
+    (["generate", PROMPT, *SMALL, "--quantization", "int8_qk"], ["quantization='int8_qk'", "--impl torch"]),
     (["compare", PROMPT, "--method", "dense"], ["sparse method", "dense"]),
     (["compare", PROMPT, "--out", "broken.yaml"], ["broken.yaml is a file"]),
     (["compare", PROMPT, "--repeats", "0"], ["--repeats", "0"]),
@@ -325,6 +330,23 @@ BAD = [
     (["report", "list.json", "--html", "broken.yaml/a.html"], ["broken.yaml is a file"]),
     (["diff", "list.json"], ["B"]),
 ]
+
+
+@pytest.mark.parametrize("name", ["wan", "wan_ti2v", "hunyuan", "hunyuan15", "cogvideox", "mochi", "ltx"])
+def test_sizes_fill_whole_patches(name):
+    """What the family runs with passes; two pixels more do not, and of what is named instead a patch is filled."""
+    pipe, arguments = tiny_pipelines.BUILDERS[name]()
+    height, width = (arguments.get(side, 64) for side in ("height", "width"))
+    models.check_size(pipe, Job(PROMPT, height=height, width=width))
+    with pytest.raises(dsattn.UsageError, match=r"--height must be a multiple of \d+ for .*, got .*; try") as refused:
+        models.check_size(pipe, Job(PROMPT, height=height + 2, width=width))
+    words = str(refused.value).replace(",", "").split()
+    factor, offered = int(words[words.index("of") + 1]), [int(word) for word in words[words.index("try") + 1 :: 2]]
+    patch = next(iter(find_transformers(pipe).values())).config.patch_size
+    assert height in offered and all(size % factor == 0 for size in offered)
+    assert factor % (patch if isinstance(patch, int) else patch[1]) == 0
+    if name == "wan":
+        assert factor == 16 and offered == [height, height + 16]
 
 
 @pytest.mark.parametrize(("arguments", "words"), BAD, ids=lambda value: " ".join(value)[-40:])

@@ -148,13 +148,17 @@ def test_runs_in_turns_and_repeats(result):
     assert result.sparse[1].frames is None, "frames nobody needs are let go"
     assert result.own is None and result.instrumented == {}
     assert all(seconds > 0 for seconds in result.warmup_s.values())
+    assert result.compile_s == {"dense": 0.0, "sparse": 0.0}, "gathering compiles nothing"
 
 
 def test_all_compilation_is_in_the_warmup(pipe):
     """flex compiles one graph for planned and one for pooled shapes: none may fall into measured runs."""
     job = Job(PROMPT, height=80, width=48, frames=5, steps=3)
     config = Config("topk", {"density": 0.4, "block_q": 16, "block_k": 16}, dense_steps=0.4, refresh=2)
-    assert compare(pipe, job, config, repeats=1).compiled_while_measuring == 0
+    out = compare(pipe, job, config, repeats=1)
+    assert out.compiled_while_measuring == 0
+    assert 0 < out.compile_s["sparse"] < out.warmup_s["sparse"]
+    assert all(run.summary["compile_s"] == 0 for run in out.dense + out.sparse)
 
 
 def test_sparse_run_follows_its_schedule(result):

@@ -60,6 +60,38 @@ def test_assignment_is_the_nearest_centroid(case, dtype):
     assert float((chosen - distances.amin(-1)).max()) <= float(scale) * max(4 * 2**-23, EPSILON[dtype] ** 2 / 4)
 
 
+@pytest.mark.parametrize("dtype", plans.DTYPES, ids=str)
+def test_coarse_assignment_is_the_nearest_rounded_centroid(dtype):
+    x = draw((2, 131, 2, 64), dtype, seed=1) + 3
+    centroids = draw((2, 2, 70, 64), torch.float32, seed=2) + 3
+    labels = kmeans_triton.assign(x, centroids, coarse=True).long()
+    distances = torch.cdist(x.transpose(1, 2).double(), centroids.to(dtype).double()).square()
+    chosen = distances.gather(-1, labels[..., None])[..., 0]
+    scale = x.double().square().sum(-1).amax() + centroids.double().square().sum(-1).amax()
+    assert float((chosen - distances.amin(-1)).max()) <= float(scale) * 4 * 2**-23
+
+
+def test_only_the_last_iteration_is_exact(triton, monkeypatch):
+    kinds = []
+    iterate = kmeans_triton.iterate
+    monkeypatch.setattr(
+        kmeans_triton, "iterate", lambda *a, coarse=False: (kinds.append(coarse), iterate(*a, coarse))[1]
+    )
+    x = draw((1, 50, 1, 32), torch.float16, 0)
+    start = km.first_centroids(x, 5, seed=0)
+    found = km.kmeans(x, start, 3)
+    assert kinds == [True, True, False]
+    centroids = start.float()
+    for _ in range(2):
+        labels = km.assign(x.float(), centroids.half().float())
+        centroids = km._means(km.segment_sums(x.float(), labels, 5), labels_count(labels, 5), centroids)
+    assert torch.equal(found.labels, km.assign(x.float(), centroids))
+
+
+def labels_count(labels, count):
+    return torch.nn.functional.one_hot(labels, count).sum(2)
+
+
 def test_ties_go_to_the_lowest_index_in_and_between_tiles():
     x = torch.ones(1, 10, 1, 16, device=DEVICE)
     centroids = torch.full((1, 1, 300, 16), 5.0, device=DEVICE)

@@ -375,6 +375,14 @@ def test_refusals():
         attend(case.q.float(), case.k.float(), case.v.float(), case.plan, impl="triton", quantization="int8_qk")
     with pytest.raises(ImplUnavailableError, match="gives no verdicts"):
         choose_impl(case.q, "torch", case.plan, verdict=True, quantization="int8_qk")
+    # Nobody asked for an implementation: the message says which one emulates it.
+    with pytest.raises(
+        ImplUnavailableError, match=r"float32; leave quantization out, or name impl='torch' \(--impl to"
+    ):
+        attend(case.q.float(), case.k.float(), case.v.float(), case.plan, quantization="int8_qk")
+    with pytest.raises(ImplUnavailableError) as refused:  # and is silent where that one cannot either
+        choose_impl(case.q.float(), "auto", case.plan, verdict=True, quantization="int8_qk")
+    assert "impl='torch'" not in str(refused.value)
     with pytest.raises(ImplUnavailableError, match="no backward pass; use quantization=None"):
         attend(case.q, case.k.detach().requires_grad_(), case.v, case.plan, impl="torch", quantization="int8_qk")
 

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 
 import dsattn
-from dsattn import Config, report
+from dsattn import Config, report, report_view
 from dsattn.compare import compare
 from dsattn.measure import Job
 from dsattn.metrics import psnr
@@ -73,6 +73,20 @@ def test_shape_and_runs(built, result):
     assert sparse["dense_reasons"] == {"dense_steps": 24, "dense_layers": 4}
     assert len(sparse["attention_s"]) == len(sparse["plan_s"]) == 2
     assert sparse["warmup_s"] > 0 and sparse["peak_memory"]["process_rss"] > 0
+    assert dense["compile_s"] == sparse["compile_s"] == 0
+
+
+def test_compiling_is_told_apart(built, result):
+    assert "compiling" not in report_view.apart(built)
+    value = copy.deepcopy(built)
+    value["runs"]["sparse"]["compile_s"] = 1.5
+    assert "(1.50 s of it compiling attention)" in report_view.apart(value)
+    row = next(row for row in report_view.rows(value) if row.name == "compiling")
+    assert (row.dense, row.sparse, row.pair) == ("0.0 ms", "1.50 s", (0.0, 1.5))
+    late = copy.deepcopy(result)
+    late.sparse[0].summary["compile_s"] = 0.25
+    notes = report.build_report(late, JOB, model=MODEL, fps=16, command="x")["protocol"]["notes"]
+    assert "kernels were compiled for 0.25 s during measured runs: times are too long" in notes
 
 
 def test_density_and_flops_agree(built):

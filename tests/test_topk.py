@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import dsattn
+from dsattn import orders
 from dsattn.grid import Call, VideoGrid
+from dsattn.kernels import block_mass
 from dsattn.methods import scores
 
 GRID = VideoGrid(5, 9, 11, text=19)
@@ -155,3 +157,30 @@ def test_subblock_scores_sum_all_pairs_of_quarters_whatever_fits_at_a_time(grid,
                     logit = (a.mean(2) * b.mean(2)).sum(-1) * q.shape[-1] ** -0.5
                     total += a.shape[2] * b.shape[2] * logit.exp()
             torch.testing.assert_close(found[0][:, :, i, j].double(), total.log(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_exact_scores_are_the_mass_of_the_blocks(ordered, impl, monkeypatch):
+    """Against a softmax in float64; in chunks of rows, and in Triton's interpreter."""
+    monkeypatch.setattr(block_mass, "LOGITS", 20000)
+    monkeypatch.setattr(block_mass, "runs_triton", lambda *tensors: impl == "triton")
+    q, k, _ = tensors(GRID, batch=2)
+    order = torch.randperm(GRID.tokens, generator=torch.Generator().manual_seed(1)) if ordered else None
+    found = scores.exact_scores(q, k, 32, 64, order)
+    if order is not None:
+        q, k = q[:, order], k[:, order]
+    weights = (torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * q.shape[-1] ** -0.5).softmax(-1)
+    for i, rows in enumerate(weights.split(32, 2)):
+        for j, part in enumerate(rows.split(64, 3)):
+            torch.testing.assert_close(found[:, :, i, j].double().exp(), part.sum(-1).mean(-1), rtol=1e-4, atol=0)
+
+
+def test_no_scorer_finds_more_mass_than_the_exact_one():
+    qkv = tensors(VideoGrid(3, 16, 16), heads=3, dim=8)
+    grid = VideoGrid(3, 16, 16)
+    mass = scores.exact_scores(*qkv[:2], 64, 32, orders.token_order(grid, "tile", torch.device("cpu"))).exp()
+    options = {"density": 0.3, "block_q": 64, "block_k": 32}
+    held = {name: (mass * plan(grid, qkv, scorer=name, **options).block_mask).sum(-1) for name in scores.SCORERS}
+    assert bool((held["exact"] >= held["mean"] - 1e-6).all()) and bool((held["exact"] >= held["subblock"] - 1e-6).all())
+    assert held["exact"].mean() > 1.02 * held["subblock"].mean()

@@ -61,7 +61,8 @@ def _print(run: dict[str, Any], output: Path) -> None:
         lines.append(("method", f"{run['method']}   {shares}"))
     step = times["denoise"] / max(1, shape["steps"])
     parts = f"denoising {seconds(times['denoise'])}, {seconds(step)} a step; text {seconds(times['text'])}, decoding {seconds(times['vae'])}"  # noqa: E501
-    lines.append(("time", f"{seconds(times['e2e'])}   ({parts}; compilation included)"))
+    compiling = f", {seconds(times['compile'])} for kernels of attention" if times["compile"] else ""
+    lines.append(("time", f"{seconds(times['e2e'])}   ({parts}; compilation included{compiling})"))
     if run["impls"]:
         lines.append(("kernels", f"{counts(run['impls'])} calls"))
     for fallback in run["fallbacks"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,10 +91,12 @@ def check_size(pipe: Any, job: Job) -> None:
     spatial = _first(pipe, "vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
     temporal = _first(pipe, "vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
     name = type(pipe).__name__
-    for side, value in (("--height", job.height), ("--width", job.width)):
-        if value is not None and spatial and value % spatial:
+    for side, value, patch in zip(("--height", "--width"), (job.height, job.width), _patch(pipe), strict=True):
+        # A latent that fills no patch is refused late, or dropped.
+        factor = math.lcm(patch * (spatial or 1), getattr(pipe, "dsattn_size_multiple", 1))
+        if value is not None and value % factor:
             raise UsageError(
-                f"{side} must be a multiple of {spatial} for {name}, got {value}; try {_near(value, spatial, 0)}"
+                f"{side} must be a multiple of {factor} for {name}, got {value}; try {_near(value, factor, 0)}"
             )
     if job.frames is not None and temporal and (job.frames - 1) % temporal:
         raise UsageError(
@@ -192,6 +195,18 @@ def _device(name: str | None) -> torch.device:
     if device.type == "meta":
         raise UsageError("--device meta computes nothing; expected cpu, cuda or cuda:N")
     return device
+
+
+def _patch(pipe: Any) -> tuple[int, int]:
+    """Latent rows and columns that make one token; (1, 1) of a pipeline that dsattn does not know."""
+    from dsattn.pipelines.registry import family_of, find_transformers
+
+    try:
+        transformer = next(iter(find_transformers(pipe).values()))
+    except (TypeError, ValueError):
+        return 1, 1
+    family = family_of(transformer)
+    return (1, 1) if family is None else family.patch(transformer.config)[1:]
 
 
 def _first(pipe: Any, *names: str) -> int | None:

@@ -55,6 +55,8 @@ def describe(run: Run, request: Request, model: dict[str, Any]) -> dict[str, Any
             "denoise": run.denoise_s,
             "text": run.text_s,
             "vae": run.vae_s,
+            # Kernels of attention; the plain pipeline is not looked into.
+            "compile": summary.get("compile_s"),
             "steps": run.step_s,
         },
         "peak_memory": run.memory,

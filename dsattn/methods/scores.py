@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from dsattn.block_plan import BlockPlan
 from dsattn.grid import Call
+from dsattn.kernels.block_mass import block_mass, row_lse
 
 # Sub-blocks along each side of a block.
 CELLS = 4
@@ -77,6 +80,22 @@ def subblock_scores(q: Tensor, k: Tensor, block_q: int, block_k: int, order: Ten
     return torch.cat(parts, 2)
 
 
+def exact_scores(q: Tensor, k: Tensor, block_q: int, block_k: int, order: Tensor | None = None) -> Tensor:
+    """Log of the mass that a key block does hold, mean over the block's queries: what the others estimate.
+
+    Costs more than dense attention, so it saves nothing: it tells what is lost by estimating. Same arguments and result
+    as ``mean_scores``.
+    """
+    (batch, length, heads, _), scale = q.shape, q.shape[-1] ** -0.5
+    orders = None if order is None else order[None, None]
+    plan = BlockPlan.dense(batch, heads, length, length, block_q=block_q, block_k=block_k, device=q.device)
+    plan = replace(plan, q_order=orders, k_order=orders)
+    mass = block_mass(q, k, row_lse(q, k, scale=scale), plan, scale=scale)
+    # No mass at all is the smallest there is: minus infinity would make noise of no effect.
+    mass = mass / block_sizes(length, block_q, q.device)[:, None]
+    return mass.clamp(min=torch.finfo(mass.dtype).tiny).log()
+
+
 def _cells(x: Tensor, cell: int, count: int, order: Tensor | None) -> tuple[Tensor, Tensor]:
     """Means ``[B, H, count, D]`` of sub-blocks and logs of their sizes ``[count]``, -inf behind the last token."""
     means, sizes = mean_pool(x, cell, order), block_sizes(x.shape[1], cell, x.device)
@@ -131,8 +150,9 @@ def _hash(x: _Integer) -> _Integer:
     return x ^ (x >> 15)
 
 
-ScorerName = Literal["mean", "subblock"]
+ScorerName = Literal["mean", "subblock", "exact"]
 SCORERS: dict[str, Callable[[Tensor, Tensor, int, int, Tensor | None], Tensor]] = {
     "mean": mean_scores,
     "subblock": subblock_scores,
+    "exact": exact_scores,
 }

@@ -40,7 +40,8 @@ class TopkConfig:
         order: token order blocks are cut from: ``"raster"``, ``"tile"`` (8 × 8 patches within a frame), ``"morton"``
             or ``"hilbert"`` (curves through space and time).
         scorer: how blocks are compared: ``"mean"`` by their mean query and key, ``"subblock"`` by the log-sum-exp
-            over their quarters, which sees what a mean of unlike tokens hides (SubBlock, NVIDIA).
+            over their quarters, which sees what a mean of unlike tokens hides (SubBlock, NVIDIA), ``"exact"`` by the
+            mass they hold, which costs more than dense attention: to compare the others with.
         routing_noise: standard deviation of a Gaussian that is added to the scores (natural logs), new at every
             plan, so that no block is passed over at every step (PASA); 0 is none.
         seed: draws the noise.

@@ -43,6 +43,8 @@ class TinyPipeline(WanPipeline):
     """WanPipeline with the small model's defaults: 256 x 256, 33 frames, 20 steps, its guidance scale."""
 
     dsattn_family = SHIPPED
+    # WanPipeline checks height and width for Wan's own VAE and patches, whatever those of this model are.
+    dsattn_size_multiple = 16
 
     def __call__(self, prompt: str | list[str] | None = None, **options: Any) -> Any:
         """Generate; every option of `WanPipeline.__call__` can be given."""
