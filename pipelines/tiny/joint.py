@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from dsattn.pipelines.tiny.codec import PatchCodec
-from dsattn.pipelines.tiny.model import GUIDANCE, MAX_TEXT, TEXT_DIM
+from dsattn.pipelines.tiny.model import DEFAULTS, MAX_TEXT, TEXT_DIM
 from dsattn.presets import SHIPPED
 
 HEADS, HEAD_DIM = 3, 64
@@ -166,14 +166,7 @@ class TinyJointPipeline(HunyuanVideoPipeline):
         """
         if "true_cfg_scale" in options:
             raise TypeError(f"{type(self).__name__} takes guidance_scale, which is real guidance here")
-        defaults = {
-            "height": 256,
-            "width": 256,
-            "num_frames": 33,
-            "num_inference_steps": 20,
-            "guidance_scale": GUIDANCE,
-            "max_sequence_length": self.tokenizer.model_max_length,
-        }
+        defaults = DEFAULTS | {"max_sequence_length": self.tokenizer.model_max_length}
         options = defaults | options
         negative = "" if negative_prompt is None else negative_prompt
         given = options.get("negative_prompt_embeds") is not None

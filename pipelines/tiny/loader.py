@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dsattn.pipelines.tiny.codec import PatchCodec
 from dsattn.pipelines.tiny.joint import JointCodec, TinyJointPipeline, build_joint_transformer
 from dsattn.pipelines.tiny.model import (
-    GUIDANCE,
+    DEFAULTS,
     MAX_TEXT,
     build_scheduler,
     build_text_encoder,
@@ -48,14 +48,7 @@ class TinyPipeline(WanPipeline):
 
     def __call__(self, prompt: str | list[str] | None = None, **options: Any) -> Any:
         """Generate; every option of `WanPipeline.__call__` can be given."""
-        defaults = {
-            "height": 256,
-            "width": 256,
-            "num_frames": 33,
-            "num_inference_steps": 20,
-            "guidance_scale": GUIDANCE,
-            "max_sequence_length": self.tokenizer.model_max_length,
-        }
+        defaults = DEFAULTS | {"max_sequence_length": self.tokenizer.model_max_length}
         return super().__call__(prompt, **(defaults | options))
 
 

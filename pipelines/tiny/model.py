@@ -15,6 +15,8 @@ MAX_TEXT = 48
 TEXT_DIM = 128
 FLOW_SHIFT = 5.0
 GUIDANCE = 4.0
+DEFAULTS = {"height": 256, "width": 256, "num_frames": 33, "num_inference_steps": 20, "guidance_scale": GUIDANCE}
+"""What a call of either model's pipeline takes unless it says otherwise."""
 
 
 def build_vocabulary() -> dict[str, int]:
