@@ -75,7 +75,7 @@ def train(codec: PatchCodec, minutes: float, steps: int, seed: int, peak: float)
         loss.backward()
         optimizer.step()
         step += 1
-        losses.append(float(loss))
+        losses.append(loss.item())
         if step % 50 == 0:
             log.append(
                 {"step": step, "seconds": round(time.monotonic() - started, 1), "loss": sum(losses) / len(losses)}

@@ -92,7 +92,7 @@ def test_files_of_prompts_seeds_and_half_precision(tmp_path):
         (("--at", "0", "--branches", "both"), "--branches must be cond, uncond or both with a comma, got both"),
         (("--at", "0", "--store", "int8"), "--store must be one of float32, float16; got 'int8'"),
         (("--at", "0", "--model", "/nowhere"), "--model /nowhere does not exist"),
-        (("--at", "0", "--height", "33"), "--height must be a multiple of 8"),
+        (("--at", "0", "--height", "33"), "--height must be a multiple of 16"),
     ],
 )
 def test_what_cannot_be_had(tmp_path, capsys, options, message):

@@ -318,6 +318,7 @@ def test_planning_holds_nothing_of_the_size_of_all_pairs(variant, monkeypatch):
     """Also where k-means and cluster errors run in chunks: those of one query cluster are the smallest."""
     monkeypatch.setitem(dsattn.kernels.kmeans.SCORES, "cpu", 1 << 16)
     monkeypatch.setitem(dsattn.kernels.cluster_errors.CHUNK_ELEMENTS, "cpu", 1 << 16)
+    monkeypatch.setattr(dsattn.kernels.block_mass, "LOGITS", 1 << 16)
     qkv = inputs(0, LARGE)
     with Largest() as seen:
         plan_of(variant, qkv, call(1, LARGE))
