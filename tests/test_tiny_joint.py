@@ -307,6 +307,7 @@ def test_decoding_undoes_encoding(pipe: TinyJointPipeline) -> None:
     reference = load_tiny().vae
     want = reference.decode(reference.encode(video), return_dict=False)[0]
     assert torch.allclose(back, want, atol=1e-4)
+    assert torch.equal(pipe.vae(video).sample, back)  # encoding and decoding in one, as the evaluation does
 
 
 def test_defaults_and_the_text_mask(pipe: TinyJointPipeline) -> None:

@@ -82,6 +82,10 @@ class JointCodec(PatchCodec):
         )
         return super().decode(latents * std + mean, return_dict)
 
+    def forward(self, video: Tensor) -> Any:
+        """Encode and decode."""
+        return self.decode(self.normalise(self.encode(video)))
+
 
 class TinyJointPipeline(HunyuanVideoPipeline):
     """HunyuanVideoPipeline with one small text encoder and the defaults of the small model.
