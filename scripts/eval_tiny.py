@@ -292,7 +292,13 @@ def main(
     rounds = [todo[at : at + limit] for at in range(0, len(todo), limit)]
     batches = [found[at : at + batch] for found in rounds for at in range(0, limit, batch)]
     picked = {todo[i] for i in np.unique(np.linspace(0, limit - 1, min(sheet_clips, limit)).round().astype(int))}
-    options = {"num_frames": frames, "height": height, "width": width, "num_inference_steps": steps}
+    options = {
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "num_inference_steps": steps,
+        "output_type": "np",
+    }
     options |= {"guidance_scale": guidance} if guidance else {}
     slowest, last = 0.0, time.monotonic()
     for done in make_clips(pipe, scenes, batches, options, kept, picked):

@@ -261,5 +261,17 @@ def test_other_weights_and_models(tmp_path: Path, trusting: None) -> None:
     assert run("--grid", "256x256", "--parts", tmp_path / "a").exit_code == 2
 
 
+@pytest.mark.parametrize("model", ["tiny", "tiny-joint"])
+def test_what_is_judged_are_pixels_from_0_to_1(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusting: None
+) -> None:
+    seen = []
+    make = evaluation.generate
+    monkeypatch.setattr(evaluation, "generate", lambda *args: seen.extend(make(*args)) or seen[-2:])
+    assert run("--model", model, "--seeds", "1", "--batch", "2", "--parts", tmp_path).exit_code == 0
+    assert len(seen) == 2  # HunyuanVideo's pipeline returns pictures of 0 to 255 unless told
+    assert all(v.shape == (5, 64, 64, 3) and v.dtype == np.float32 and 0 <= v.min() < v.max() <= 1 for v in seen)
+
+
 def test_scripts_see_one_another() -> None:
     assert sys.modules["tiny_scores"] is scoring and evaluation.tiny_scores is scoring
