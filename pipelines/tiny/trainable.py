@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,26 @@ def mixed_precision(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, torch.bfloat16) if has_fast_bfloat16(device) else nullcontext()
 
 
-class TrainableTiny(nn.Module):
-    """The first model; parameters are named `text_encoder.*` and `transformer.*`, as `export_weights` takes them."""
+class Trainable(nn.Module):
+    """A text encoder and a transformer that can be given any tokens of a grid.
 
-    def __init__(self, z_dim: int) -> None:
+    Parameters are named `text_encoder.*` and `transformer.*`, as `export_weights` takes them.
+    """
+
+    def __init__(self, build: Callable[[int], Any], z_dim: int, four_dims: bool) -> None:
+        """`build`: makes the transformer. `four_dims`: the shape of rotary tables, see `ChosenPositions`."""
         super().__init__()
         self.text_encoder: Any = build_text_encoder(len(build_tokenizer()))
-        self.transformer: Any = build_transformer(z_dim)
+        self.transformer: Any = build(z_dim)
         nn.init.zeros_(self.transformer.proj_out.weight)
-        self.transformer.rope = ChosenPositions(ROPE_AXES, ROPE_THETA, four_dims=True)
+        self.transformer.rope = ChosenPositions(ROPE_AXES, ROPE_THETA, four_dims)
+
+
+class TrainableTiny(Trainable):
+    """The first model."""
+
+    def __init__(self, z_dim: int) -> None:
+        super().__init__(build_transformer, z_dim, four_dims=True)
 
     def forward(self, noisy: Tensor, level: Tensor, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """Velocity `[B, z, n]` of noisy latents at `positions` `[n, 3]`.
@@ -53,15 +65,11 @@ class TrainableTiny(nn.Module):
         self.transformer.set_attn_processor(CpuTrainingProcessor())
 
 
-class TrainableJoint(nn.Module):
+class TrainableJoint(Trainable):
     """The second model, with the same names and the same call."""
 
     def __init__(self, z_dim: int) -> None:
-        super().__init__()
-        self.text_encoder: Any = build_text_encoder(len(build_tokenizer()))
-        self.transformer: Any = build_joint_transformer(z_dim)
-        nn.init.zeros_(self.transformer.proj_out.weight)
-        self.transformer.rope = ChosenPositions(ROPE_AXES, ROPE_THETA, four_dims=False)
+        super().__init__(build_joint_transformer, z_dim, four_dims=False)
 
     def forward(self, noisy: Tensor, level: Tensor, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """As `TrainableTiny.forward`. What is padding in every row is cut off: masked keys change nothing but time."""
