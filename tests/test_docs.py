@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import docs_checks  # noqa: E402
 import docs_tables  # noqa: E402
+import readme_tables  # noqa: E402
 import run_readme  # noqa: E402
 
 from dsattn.methods import METHODS  # noqa: E402
@@ -22,6 +23,12 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 def test_nothing_is_wrong():
     assert docs_checks.problems() == []
+
+
+def test_the_readme_says_what_was_measured():
+    text = readme_tables.README.read_text(encoding="utf-8")
+    assert {m["name"] for m in readme_tables.PLACE.finditer(text)} == set(readme_tables.TABLES)
+    assert readme_tables.filled(text) == text
 
 
 def test_every_page_is_in_the_navigation():

@@ -123,6 +123,19 @@ def test_a_pair_differs_in_motion_alone() -> None:
         )
 
 
+def test_a_pair_may_differ_in_shape_alone() -> None:
+    rng = np.random.default_rng(4)
+    held_out, changed = set(data.held_out_combinations()), 0
+    for _ in range(300):
+        one = data.sample_scene(rng)
+        other = data.other_shape(one, rng)
+        for a, b in zip(one.shapes, other.shapes, strict=True):
+            assert replace(b, shape=a.shape) == a and b.combination not in held_out
+            changed += a.shape != b.shape
+        assert replace(other, shapes=one.shapes, caption=one.caption) == one
+    assert changed >= 300
+
+
 def test_shadows_darken_the_background_beside_the_shape_only() -> None:
     stream = data.clips(8, simple=True)
     for _ in range(5):

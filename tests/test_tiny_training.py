@@ -56,7 +56,7 @@ def test_batches_follow_from_seed_and_step_whatever_the_number_of_workers(clips:
     assert torch.equal(two.noise[:shared], whole.noise[1::2][:shared])
 
 
-def test_pairs_share_noise_and_level_and_differ_in_motion(clips: batches.Clips) -> None:
+def test_pairs_share_noise_and_level_and_differ_in_motion_or_shape(clips: batches.Clips) -> None:
     batch = clips.batch(3, 0.0, (5, 8, 8))
     assert len(batch.level) >= 4
     assert torch.equal(batch.noise[0], batch.noise[1]) and batch.level[0] == batch.level[1]

@@ -28,7 +28,7 @@ from dsattn.pipelines.tiny.render import render
 Grid = tuple[int, int, int]
 """Latent frames, height and width."""
 
-SMALL: tuple[Grid, ...] = ((5, 8, 8), (9, 8, 8), (7, 8, 10), (6, 10, 8), (5, 12, 12), (9, 12, 12), (9, 10, 14))
+SMALL: tuple[Grid, ...] = ((5, 12, 12), (5, 12, 12), (9, 12, 12), (9, 10, 14), (7, 14, 10), (5, 16, 16), (5, 8, 8))
 MIDDLE: tuple[Grid, ...] = ((9, 16, 16), (7, 20, 20), (9, 16, 20), (9, 20, 16), (13, 14, 14))
 LARGE: tuple[Grid, ...] = ((9, 32, 32), (9, 32, 32), (9, 24, 24), (9, 24, 32), (7, 40, 40), (13, 20, 20))
 FULL: tuple[Grid, ...] = ((9, 24, 24), (9, 24, 24), (9, 20, 28), (9, 32, 32))
@@ -112,13 +112,14 @@ class Clips:
         everything = math.prod(picked)
         positions = pick_positions(rng, picked, KEPT_TOKENS if in_part else everything)
         count = max(1, round(self.tokens_per_step / (len(positions) * self.world))) * self.world
-        # In pairs that differ in the motion alone, noise included: what the two gradients share cancels, and what is
-        # left is about the words for the motion, the last thing such a model learns.
+        # In pairs that differ in the motion alone, or in the shape alone, noise included: what the two gradients share
+        # cancels, and what is left is about the words for it, the last ones such a model learns.
         pairs = -(-count // 2)
         scenes = []
         for _ in range(pairs):
             scene = data.sample_scene(rng)
-            scenes += [scene, data.other_motion(scene, rng)]
+            other = data.other_motion if rng.random() < 0.5 else data.other_shape
+            scenes += [scene, other(scene, rng)]
         captions = ["" if rng.random() < 0.1 else s.caption for s in scenes]
         # Drawn for the whole batch and then shared out, so that a step does not depend on the number of workers.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)

@@ -315,6 +315,16 @@ def other_motion(scene: Scene, rng: np.random.Generator) -> Scene:
     return replace(other, caption=_caption(rng, other))
 
 
+def other_shape(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The same scene with every shape drawn as another one; colours, paths, sizes and background stay."""
+    turned = []
+    for spec in scene.shapes:
+        allowed = [s for s in SHAPES if s != spec.shape and not is_held_out(spec.colour, s, spec.motion)]
+        turned.append(replace(spec, shape=_choice(rng, allowed or [spec.shape])))
+    other = replace(scene, shapes=tuple(turned))
+    return replace(other, caption=_caption(rng, other))
+
+
 def clips(seed: int, held_out: bool = False, simple: bool = False) -> Iterator[Scene]:
     """An endless, seed-determined stream of scenes; render each with `render.render`."""
     rng = np.random.default_rng(seed)
