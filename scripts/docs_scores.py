@@ -1,4 +1,4 @@
-"""The table of what the shipped models draw, from the committed results of `scripts/eval_tiny.py`."""
+"""Tables of what the shipped models draw and how they learnt it, from committed results and training logs."""
 
 from __future__ import annotations
 
@@ -39,6 +39,45 @@ def model_scores(folder: Path, model: str, table: Table) -> str:
     rows += [(label, *(format(one[key], form) for _, one in found), "") for label, key, form in last]
     header = ("score", *(_head(one) for _, one in found), "guessing")
     return "\n\n".join((table(header, rows), *(_source(name, one) for name, one in found)))
+
+
+CURVE = ("colour", "shape", "direction", "motion", "background", "one object")
+"""Scores that a training curve shows."""
+
+
+def training_curve(folder: Path, model: str, table: Table) -> str:
+    """Held-out loss of a model over its last training, and scores of the checkpoints that were scored.
+
+    The log is `train_<model>.jsonl` in `folder`, scores are `checkpoints/eval_<model>_<step>.json` there.
+
+    Raises:
+        ValueError: the log holds no held-out loss.
+
+    """
+    lines = (folder / f"train_{model}.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = {found["step"]: found["held_out"] for found in map(json.loads, lines) if "held_out" in found}
+    if not losses:
+        raise ValueError(f"train_{model}.jsonl holds no held-out loss")
+    scored = {
+        int(path.stem.rsplit("_", 1)[1]): json.loads(path.read_text(encoding="utf-8"))
+        for path in folder.glob(f"checkpoints/eval_{model}_*.json")
+    }
+    levels = list(next(iter(losses.values())))
+    every = max(1, len(losses) // 8)
+    shown = sorted({*list(losses)[every - 1 :: every], *(s for s in scored if s in losses), max(losses)})
+    rows = []
+    for step in shown:
+        found = scored.get(step, {}).get("scores", {})
+        shares = (f"{found[name]['share']:.0%}" if name in found else "" for name in CURVE)
+        rows.append((f"{step:,}", *(f"{losses[step][level]:.3f}" for level in levels), *(shares if scored else ())))
+    header = ("step", *(f"loss at {level}" for level in levels), *(CURVE if scored else ()))
+    sources = [f"Source: `benchmarks/results/{folder.name}/train_{model}.jsonl`"]
+    if scored:
+        one = next(iter(scored.values()))
+        sources.append(
+            f"scores of {one['clips_done']} clips, {_head(one)}: `checkpoints/eval_{model}_*.json` beside it"
+        )
+    return f"{table(header, rows, left=0)}\n\n{'; '.join(sources)}."
 
 
 def _share(row: dict[str, Any] | None) -> str:

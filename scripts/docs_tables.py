@@ -382,5 +382,6 @@ TABLES: dict[str, Callable[[str], str]] = {
     "presets": presets,
     "quantization_error": quantization_error,
     "report_fields": report_fields,
+    "training_curve": lambda model: docs_scores.training_curve(RESULTS, model, table),
     "vbench_check": vbench_check,
 }

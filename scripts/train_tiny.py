@@ -13,6 +13,7 @@ one worker per core (`--workers`) is the fastest; `--init` starts from trained w
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,23 +60,48 @@ def fit_codec(seed: int, clips: int) -> patch_codec.PatchCodec:
     return patch_codec.fit(torch.cat(rows), Z_DIM, seed)
 
 
-def squared_error(model: Callable[..., Tensor], batch: Batch) -> Tensor:
-    """Mean squared error of the velocity, one value per sample."""
+def velocity_error(model: Callable[..., Tensor], batch: Batch) -> Tensor:
+    """Predicted minus true velocity, `[B, z, n]`."""
     s = batch.level.view(-1, 1, 1)
     noisy = (1 - s) * batch.latents + s * batch.noise
     got = model(noisy, batch.level, batch.tokens, batch.mask, batch.positions)
-    return (got - (batch.noise - batch.latents)).square().flatten(1).mean(1)
+    return got - (batch.noise - batch.latents)
 
 
-def training_step(model: nn.Module, optimizer: Optimizer, batch: Batch, rate: float) -> dict[str, Any]:
+def squared_error(error: Tensor) -> Tensor:
+    """Mean square of an error, one value per sample."""
+    return error.square().flatten(1).mean(1)
+
+
+def pair_loss(error: Tensor, weight: float) -> Tensor:
+    """Mean square of what a pair's two errors share, plus `weight` times that of what they differ in.
+
+    At weight 1 that is the mean squared error. Neighbours are pairs; over several workers clips are dealt in turn, so
+    one's other half may be elsewhere. A clip without one is its own. Only the gradient is that loss's, not the value.
+    """
+    everyone = [error.detach()]
+    if dist.is_initialized():
+        everyone = [torch.empty_like(error) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, error.detach().contiguous())
+    dealt = torch.stack(everyone, dim=1).flatten(0, 1)
+    other = torch.arange(len(dealt), device=error.device) ^ 1
+    other[other == len(dealt)] -= 1
+    mine = slice(dist.get_rank(), None, dist.get_world_size()) if dist.is_initialized() else slice(None)
+    # With shared = (a + b) / 2 and differing = (a - b) / 2: half of the gradient is shared + weight differing.
+    pull = (1 + weight) * error.detach() + (1 - weight) * dealt[other][mine]
+    return (error * pull).mean()
+
+
+def training_step(
+    model: nn.Module, optimizer: Optimizer, batch: Batch, rate: float, pair_weight: float = 1.0
+) -> dict[str, Any]:
     """One update; returns the loss and the per-sample (noise level, loss) pairs of this worker."""
     batch = batch.to(next(model.parameters()).device)
-    error = squared_error(model, batch)
-    loss = error.mean()
+    error = velocity_error(model, batch)
     params = list(optimizer.params.values())
     for p in params:
         p.grad = None
-    loss.backward()
+    pair_loss(error, pair_weight).backward()
     if dist.is_initialized():
         flat = torch.cat([gradient(p).flatten() for p in params])
         dist.all_reduce(flat)
@@ -84,8 +110,9 @@ def training_step(model: nn.Module, optimizer: Optimizer, batch: Batch, rate: fl
             p.grad = grad.view_as(p)
     norm = nn.utils.clip_grad_norm_(params, 1.0)
     optimizer.step(rate)
-    pairs = list(zip(batch.level.tolist(), error.detach().tolist(), strict=True))
-    return {"loss": loss.item(), "grad_norm": float(norm), "pairs": pairs}
+    errors = squared_error(error.detach())
+    pairs = list(zip(batch.level.tolist(), errors.tolist(), strict=True))
+    return {"loss": errors.mean().item(), "grad_norm": float(norm), "pairs": pairs}
 
 
 @dataclass
@@ -107,6 +134,7 @@ class Settings:
     init: Path | None = None
     loaders: int = 0
     held_out: int = 8
+    pair_weight: float = 4.0
 
 
 class Run:
@@ -178,8 +206,8 @@ class Run:
         out = {}
         for batch in batches:
             batch = batch.to(next(self.model.parameters()).device)
-            errors = squared_error(lambda *args: torch.func.functional_call(self.model, self.ema, args), batch)
-            out[f"{batch.level[0]:g}"] = round(float(errors.mean()), 5)
+            error = velocity_error(lambda *args: torch.func.functional_call(self.model, self.ema, args), batch)
+            out[f"{batch.level[0]:g}"] = round(float(squared_error(error).mean()), 5)
         return out
 
 
@@ -229,6 +257,7 @@ def train(rank: int, settings: Settings) -> None:
         clips.held_out(settings.held_out, HELD_OUT_GRID, HELD_OUT_LEVELS) if rank == 0 and settings.held_out else []
     )
     state.model.train()
+    parent = os.getppid()
     last_save, last_log, session, pairs = time.monotonic(), time.monotonic(), 0, []
     while True:
         started = time.monotonic()
@@ -237,10 +266,12 @@ def train(rank: int, settings: Settings) -> None:
         if settings.workers > 1:
             dist.broadcast(clock, 0)
         fraction = clock.item()
+        if settings.workers > 1 and os.getppid() != parent:
+            raise RuntimeError("the process that started this worker is gone")
         if fraction >= 1.0 or (settings.stop_after and session >= settings.stop_after):
             break
         rate = learning_rate(fraction, settings.peak)
-        record = training_step(state.model, state.optimizer, loader.next(fraction), rate)
+        record = training_step(state.model, state.optimizer, loader.next(fraction), rate, settings.pair_weight)
         state.step, session = state.step + 1, session + 1
         state.update_ema()
         state.seconds += time.monotonic() - started
@@ -285,6 +316,7 @@ def main(
     init: Path | None = typer.Option(None, help="Folder with weights of tiny to start from, its codec included."),
     loaders: int = typer.Option(0, help="Processes that draw batches ahead; a GPU wants as many as there are cores."),
     held_out: int = typer.Option(8, help="Held-out clips whose loss is logged at every checkpoint (0: none)."),
+    pair_weight: float = typer.Option(4.0, help="Weight of what the errors of a pair of clips differ in (1: plain)."),
 ) -> None:
     """Train until the budget is used up."""
     if (minutes > 0) == (steps > 0):
@@ -309,6 +341,7 @@ def main(
         init=init,
         loaders=loaders,
         held_out=held_out,
+        pair_weight=pair_weight,
     )
     if workers > 1:
         torch.multiprocessing.spawn(train, args=(settings,), nprocs=workers)

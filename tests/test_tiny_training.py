@@ -154,6 +154,37 @@ def test_words_are_carried_by_spelling_and_kin() -> None:
     )
 
 
+@pytest.mark.parametrize("count", [1, 4, 5])
+@pytest.mark.parametrize("weight", [1.0, 4.0])
+def test_the_loss_of_pairs_weighs_what_they_differ_in(count: int, weight: float) -> None:
+    training = script("train_tiny")
+    error = torch.randn(count, 3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    one, other = error[: count // 2 * 2].unflatten(0, (-1, 2)).unbind(1)
+    shared, differing = (one + other) / 2, (one - other) / 2
+    alone = error[count // 2 * 2 :].square().sum()
+    wanted = (2 * (shared.square() + weight * differing.square()).sum() + alone) / error.numel()
+    got, want = (torch.autograd.grad(x, error)[0] for x in (training.pair_loss(error, weight), wanted))
+    assert torch.allclose(got, want, atol=1e-6)
+    if weight == 1:
+        assert torch.allclose(got, torch.autograd.grad(error.square().mean(), error)[0], atol=1e-6)
+
+
+def test_pairs_meet_across_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = script("train_tiny")
+    error = torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    want = torch.autograd.grad(training.pair_loss(error, 3.0), error)[0]
+    monkeypatch.setattr(training.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(training.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(
+        training.dist, "all_gather", lambda out, _: [o.copy_(error.detach()[i::2]) for i, o in enumerate(out)]
+    )
+    for rank in range(2):
+        monkeypatch.setattr(training.dist, "get_rank", lambda rank=rank: rank)
+        mine = error.detach()[rank::2].requires_grad_()
+        got = torch.autograd.grad(training.pair_loss(mine, 3.0), mine)[0]
+        assert torch.allclose(got / 2, want[rank::2], atol=1e-6)  # a worker's mean is over its half
+
+
 def test_training_resumes_equal(tmp_path: Path) -> None:
     training = script("train_tiny")
 
