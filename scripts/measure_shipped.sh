@@ -6,7 +6,8 @@
 #     scripts/measure_shipped.sh --tiny      every part at the smallest size, to see that it works; results in $OUT only
 #
 # Results go to $RESULTS (benchmarks/results/cpu), where documentation and README take their tables from; working files
-# to $OUT (out/measure_shipped). $SCORES has the grids that are scored, each as GRID:STEPS:PROMPTS:SEEDS:MINUTES.
+# to $OUT (out/measure_shipped). $SCORES has the grids that are scored, each as GRID:STEPS:PROMPTS:SEEDS:MINUTES, and
+# $PROMPTS how many prompts the frontier is measured on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,7 +16,7 @@ out=${OUT:-out/measure_shipped}
 results=${RESULTS:-benchmarks/results/cpu}
 scores=${SCORES:-17x128x128:20:96:2:30 33x128x128:20:48:1:15 33x256x256:20:96:2:25}
 prompt="a large red circle moves right over a gradient background"
-size=(--steps 20) at=4,5,9,15 first=2 seeds=0,1 frontier=(--at 4,15 --prompts 2) truth=150
+size=(--steps 20) at=4,5,9,15 first=2 seeds=0,1 frontier=(--at 4,15 --prompts "${PROMPTS:-2}") truth=150
 parts=(compare capture study frontier scores)
 case "${1:-}" in
   "") ;;

@@ -23,7 +23,7 @@ captures = module("captures")
 frontier = module("frontier")
 
 # 3 x 4 x 4 tokens, two steps.
-SIZE = ["--frames", "9", "--height", "32", "--width", "32", "--steps", "2"]
+SIZE = ["--frames", "5", "--height", "32", "--width", "32", "--steps", "2"]
 
 
 def capture(out: Path, *options: str) -> int:
@@ -32,17 +32,17 @@ def capture(out: Path, *options: str) -> int:
 
 def test_equals_what_a_hook_of_its_own_sees(tmp_path, monkeypatch, capsys):
     assert capture(tmp_path, "--at", "0,1", "--branches", "cond,uncond", "--first", "1", "--seeds", "3") == 0
-    assert "24 calls of 48 tokens, 0.1 MB each" in capsys.readouterr().err
+    assert "24 calls of 32 tokens, 0.1 MB each" in capsys.readouterr().err
     seen = []
     stock = torch.nn.functional.scaled_dot_product_attention
 
     def watch(query, key, value, *args, **options):
-        if query.shape[2] == key.shape[2] == 48:
+        if query.shape[2] == key.shape[2] == 32:
             seen.append([x.transpose(1, 2).clone() for x in (query, key, value)])
         return stock(query, key, value, *args, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
-    options = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2, "output_type": "latent"}
+    options = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "output_type": "latent"}
     load_tiny()(capture_qkv.PROMPTS[0], generator=torch.Generator().manual_seed(3), **options)
     found = {(c.facts["branch"], c.call.step, c.call.layer): c for c in captures.read(tmp_path, None)}
     # Six layers of the conditional branch, then of the other, at every step.
@@ -68,7 +68,7 @@ def test_files_of_prompts_seeds_and_half_precision(tmp_path):
     found = captures.read(out)
     assert [(c.call.layer, c.call.step) for c in found[:2]] == [(2, 1), (5, 1)] and len(found) == 8
     assert found[0].facts["stored"] == "float16" and found[0].load("q")[0].dtype == torch.float32
-    assert sorted(out.iterdir())[0].stat().st_size < 2 * 3 * 48 * 192 * 2 + 2000
+    assert sorted(out.iterdir())[0].stat().st_size < 2 * 3 * 32 * 192 * 2 + 2000
     with pytest.raises(UsageError, match="captures of cond only"):
         captures.read(out, ("uncond",))
     # The frontier takes one run per prompt.
