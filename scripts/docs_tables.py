@@ -193,9 +193,8 @@ def attention(argument: str) -> str:
     return attention_tables.section(result(file or "attention_study.json"), name)
 
 
-def comparison(name: str) -> str:
-    """One committed `dsattn compare` report."""
-    found = result(name)
+def comparison_rows(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """What a `dsattn compare` report says of both modes: name, dense, sparse, ratio."""
     runs, speed, fidelity = found["runs"], found["speedup"], found["fidelity"]
     dense, sparse = runs["dense"], runs["sparse"]
 
@@ -203,7 +202,7 @@ def comparison(name: str) -> str:
         values = sorted(mode[part])
         return float(values[len(values) // 2])
 
-    rows = [
+    return [
         ("end to end", f"{dense['e2e']['median']:.1f} s", f"{sparse['e2e']['median']:.1f} s", f"{speed['e2e']:.2f}×"),
         (
             "attention (+ planning)",
@@ -217,6 +216,11 @@ def comparison(name: str) -> str:
         ("PSNR, worst frame", "–", f"{fidelity['psnr']['worst']:.1f} dB", ""),
         ("SSIM against dense, mean", "–", f"{fidelity['ssim']['mean']:.3f}", ""),
     ]
+
+
+def comparison(name: str) -> str:
+    """One committed `dsattn compare` report."""
+    found = result(name)
     shape, env, model = found["shape"], found["env"], found["model"]
     # Where the files went is not part of what was measured.
     words = shlex.split(re.sub(r" --out \S+| --quiet", "", found["command"]))
@@ -227,7 +231,7 @@ def comparison(name: str) -> str:
         f"{env['threads']} threads, torch {env['torch']}, {found['protocol']['repeats']} run of each mode. "
         f"Source: `benchmarks/results/cpu/{name}`."
     )
-    return table(("", "dense", sparse["method"], "ratio"), rows) + "\n\n" + source
+    return table(("", "dense", found["runs"]["sparse"]["method"], "ratio"), comparison_rows(found)) + "\n\n" + source
 
 
 def methods(_: str) -> str:

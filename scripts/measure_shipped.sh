@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures anew everything that README and docs say of the weights of `tiny`, after they have changed.
 #
-#     scripts/measure_shipped.sh             every part, one after the other (about two hours on two cores)
+#     scripts/measure_shipped.sh             every part, one after the other (hours on two cores)
 #     scripts/measure_shipped.sh compare     one part: compare, capture, study, frontier or scores
 #     scripts/measure_shipped.sh --tiny      every part at the smallest size, to see that it works; results in $OUT only
 #

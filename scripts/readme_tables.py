@@ -9,7 +9,6 @@ The README is read as it stands, so a table lies between ``<!-- made: name -->``
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import docs_tables
 import typer
@@ -34,51 +33,18 @@ app = typer.Typer(add_completion=False, help=__doc__)
 
 def compared() -> str:
     """Both committed comparisons side by side."""
-    cells = [_column(docs_tables.result(name)) for name in REPORTS]
-    lines = ["| | dense | default | | dense | `--preset balanced` | |", "|" + "---|" * 7]
-    for name, left, right in zip(cells[0], cells[0].values(), cells[1].values(), strict=True):
-        lines.append(f"| {name} | {' | '.join(left)} | {' | '.join(right)} |")
-    return "\n".join(lines)
-
-
-def _column(found: dict[str, Any]) -> dict[str, tuple[str, str, str]]:
-    """Dense, sparse and their ratio, by the name of the row."""
-    runs, speed = found["runs"], found["speedup"]
-    psnr, error = found["fidelity"]["psnr"], found["estimated_error"]["overall"]
-    wanted = runs["sparse"]["config"].get("target_error")
-    asked = "" if wanted is None else f" (asked for: {100 * wanted:g} %)"
-
-    def median(mode: str, part: str) -> float:
-        values = sorted(runs[mode][part])
-        return float(values[len(values) // 2])
-
-    return {
-        "end to end": (
-            f"{runs['dense']['e2e']['median']:.1f} s",
-            f"{runs['sparse']['e2e']['median']:.1f} s",
-            f"{speed['e2e']:.2f}×",
-        ),
-        "attention (+ planning)": (
-            f"{median('dense', 'attention_s'):.1f} s",
-            f"{median('sparse', 'attention_s'):.1f} s + {median('sparse', 'plan_s'):.1f} s",
-            f"{speed['attention_with_plan']:.2f}×",
-        ),
-        "pairs computed, all calls": ("100 %", f"{100 * found['density']['all_calls']:.0f} %", ""),
-        "attention error, estimated": ("–", f"{100 * error:.1f} %{asked}", ""),
-        "PSNR against dense": (
-            "–",
-            f"{psnr['mean']:.1f} dB, worst frame {psnr['worst']:.1f}",
-            f"SSIM {found['fidelity']['ssim']['mean']:.3f}".replace("0.", ".", 1),
-        ),
-    }
+    left, right = (docs_tables.comparison_rows(docs_tables.result(name)) for name in REPORTS)
+    header = ("", "dense", "default", "", "dense", "`--preset balanced`", "")
+    return docs_tables.table(header, [(*a, *b[1:]) for a, b in zip(left, right, strict=True)])
 
 
 def frontier() -> str:
     """Error at equal cost of the methods that the README names."""
     costs, rows = _rows(docs_tables.EQUAL_COST)
-    lines = ["| method | cost " + " | ".join(c.lstrip("0") for c in costs) + " |", "|---" * (len(costs) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(cell or '–' for cell in rows[label])} |" for label, name in METHODS.items()]
-    return "\n".join(lines)
+    header = ("method", *(f"cost {cost}" for cost in costs))
+    return docs_tables.table(
+        header, [(name, *(cell or "–" for cell in rows[label])) for label, name in METHODS.items()]
+    )
 
 
 def with_planning() -> str:

@@ -79,23 +79,25 @@ def pair_loss(error: Tensor, weight: float) -> Tensor:
     At weight 1 that is the mean squared error. Neighbours are pairs; over several workers clips are dealt in turn, so
     one's other half may be elsewhere. A clip without one is its own. Only the gradient is that loss's, not the value.
     """
-    everyone = [error.detach()]
+    rank, world, everyone = 0, 1, [error.detach()]
     if dist.is_initialized():
-        everyone = [torch.empty_like(error) for _ in range(dist.get_world_size())]
+        rank, world = dist.get_rank(), dist.get_world_size()
+        everyone = [torch.empty_like(error) for _ in range(world)]
         dist.all_gather(everyone, error.detach().contiguous())
     dealt = torch.stack(everyone, dim=1).flatten(0, 1)
-    other = torch.arange(len(dealt), device=error.device) ^ 1
-    other[other == len(dealt)] -= 1
-    mine = slice(dist.get_rank(), None, dist.get_world_size()) if dist.is_initialized() else slice(None)
+    other = (torch.arange(len(dealt), device=error.device) ^ 1).clamp(max=len(dealt) - 1)
     # With shared = (a + b) / 2 and differing = (a - b) / 2: half of the gradient is shared + weight differing.
-    pull = (1 + weight) * error.detach() + (1 - weight) * dealt[other][mine]
+    pull = (1 + weight) * error.detach() + (1 - weight) * dealt[other][rank::world]
     return (error * pull).mean()
 
 
 def training_step(
     model: nn.Module, optimizer: Optimizer, batch: Batch, rate: float, pair_weight: float = 1.0
-) -> dict[str, Any]:
-    """One update; returns the loss and the per-sample (noise level, loss) pairs of this worker."""
+) -> dict[str, Tensor]:
+    """One update; returns noise level and loss of every sample of this worker, and the norm of the gradient.
+
+    The tensors stay on the device: reading them here would make every step wait for it.
+    """
     batch = batch.to(next(model.parameters()).device)
     error = velocity_error(model, batch)
     params = list(optimizer.params.values())
@@ -110,9 +112,7 @@ def training_step(
             p.grad = grad.view_as(p)
     norm = nn.utils.clip_grad_norm_(params, 1.0)
     optimizer.step(rate)
-    errors = squared_error(error.detach())
-    pairs = list(zip(batch.level.tolist(), errors.tolist(), strict=True))
-    return {"loss": errors.mean().item(), "grad_norm": float(norm), "pairs": pairs}
+    return {"levels": batch.level, "errors": squared_error(error.detach()), "grad_norm": norm}
 
 
 @dataclass
@@ -228,6 +228,14 @@ def binned(pairs: list[tuple[float, float]]) -> dict[str, float]:
     return out
 
 
+def summary(done: list[dict[str, Tensor]], facts: dict[str, Any]) -> dict[str, Any]:
+    """A line of the log: the last of some steps, `facts` about it, and the mean over all samples of all of them."""
+    levels, errors = (torch.cat([step[name] for step in done]).tolist() for name in ("levels", "errors"))
+    last = {"loss": done[-1]["errors"].mean().item(), "grad_norm": done[-1]["grad_norm"].item()}
+    mean = round(sum(errors) / len(errors), 4)
+    return last | facts | {"mean": mean, "by_noise": binned(list(zip(levels, errors, strict=True)))}
+
+
 def write_log(run: Path, record: dict[str, Any]) -> None:
     with (run / "log.jsonl").open("a") as log:
         log.write(json.dumps(record) + "\n")
@@ -258,7 +266,8 @@ def train(rank: int, settings: Settings) -> None:
     )
     state.model.train()
     parent = os.getppid()
-    last_save, last_log, session, pairs = time.monotonic(), time.monotonic(), 0, []
+    last_save, last_log, session = time.monotonic(), time.monotonic(), 0
+    done: list[dict[str, Tensor]] = []  # the steps since the last line of the log
     while True:
         started = time.monotonic()
         used = state.seconds / (60 * settings.minutes) if settings.minutes else state.step / settings.steps
@@ -272,20 +281,20 @@ def train(rank: int, settings: Settings) -> None:
             break
         rate = learning_rate(fraction, settings.peak)
         record = training_step(state.model, state.optimizer, loader.next(fraction), rate, settings.pair_weight)
+        done += [record] if rank == 0 else []
         state.step, session = state.step + 1, session + 1
         state.update_ema()
         state.seconds += time.monotonic() - started
-        pairs += record.pop("pairs")
         if rank == 0 and (time.monotonic() - last_log > 20 or session == 1):
-            record |= {
+            facts = {
                 "step": state.step,
                 "seconds": round(state.seconds, 1),
                 "rate": rate,
                 "fraction": round(fraction, 4),
             }
-            record |= {"mean": round(sum(e for _, e in pairs) / len(pairs), 4), "by_noise": binned(pairs)}
-            write_log(settings.run, record)
-            last_log, pairs = time.monotonic(), []
+            write_log(settings.run, summary(done, facts))
+            last_log = time.monotonic()
+            done.clear()
         if rank == 0 and time.monotonic() - last_save > 60 * settings.save_minutes:
             checkpoint(state, settings, held_out)
             last_save = time.monotonic()

@@ -22,7 +22,7 @@ capture_qkv = module("capture_qkv")
 captures = module("captures")
 frontier = module("frontier")
 
-# 3 x 4 x 4 tokens, two steps.
+# 2 x 4 x 4 tokens, two steps.
 SIZE = ["--frames", "5", "--height", "32", "--width", "32", "--steps", "2"]
 
 
