@@ -80,6 +80,19 @@ def training_curve(folder: Path, model: str, table: Table) -> str:
     return f"{table(header, rows, left=0)}\n\n{'; '.join(sources)}."
 
 
+def caption_curve(folder: Path, model: str, table: Table) -> str:
+    """How often a clip's own caption is preferred to another one, by training step: `classify_<model>.json`."""
+    found = json.loads((folder / f"classify_{model}.json").read_text(encoding="utf-8"))
+    first = next(iter(found["weights"].values()))
+    header = ("step", *(f"{row['word']}, noise {row['level']:g}" for row in first))
+    rows = [(f"{int(step):,}", *(f"{row['right']:.0%}" for row in rows)) for step, rows in found["weights"].items()]
+    frames, height, width = found["grid"]
+    clips = f"{first[0]['clips']} held-out clips of {frames} × {height} × {width} tokens for each word; guessing: 50 %"
+    return (
+        f"{table(header, rows, left=0)}\n\n{clips}. Source: `benchmarks/results/{folder.name}/classify_{model}.json`."
+    )
+
+
 def _share(row: dict[str, Any] | None) -> str:
     return "–" if row is None else f"{row['share']:.1%} ({row['low']:.0%}–{row['high']:.0%})"
 

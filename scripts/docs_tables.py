@@ -372,6 +372,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "attention": attention,
     "cli": cli,
     "comparison": comparison,
+    "caption_curve": lambda model: docs_scores.caption_curve(RESULTS, model, table),
     "definitions": definitions,
     "engine_options": engine_options,
     "equal_cost": lambda _: frontier_section(EQUAL_COST),

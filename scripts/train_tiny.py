@@ -7,7 +7,7 @@
 Flow matching in diffusers' convention: x_s = (1 - s) x0 + s noise, target noise - x0, timestep 1000 s. Clips are
 drawn on the fly; every random number of a step depends only on (seed, step), so a resumed run continues exactly where
 it stopped. The schedule (learning rate, grid mix) is a function of the fraction of the budget that is used up. On a CPU
-one worker per core (`--workers`) is the fastest; `--init` starts from trained weights, in a new run.
+one worker per core (`--workers`) is the fastest; `--init` starts from trained weights and their codec, in a new run.
 """
 
 from __future__ import annotations
@@ -322,7 +322,7 @@ def main(
     export: Path | None = typer.Option(None, help="Also write the EMA weights here at every checkpoint."),
     device: str = typer.Option("auto"),
     kind: str = typer.Option("tiny", help="tiny or tiny-joint."),
-    init: Path | None = typer.Option(None, help="Folder with weights of tiny to start from, its codec included."),
+    init: Path | None = typer.Option(None, help="Folder with weights to start from, of tiny or of this kind."),
     loaders: int = typer.Option(0, help="Processes that draw batches ahead; a GPU wants as many as there are cores."),
     held_out: int = typer.Option(8, help="Held-out clips whose loss is logged at every checkpoint (0: none)."),
     pair_weight: float = typer.Option(4.0, help="Weight of what the errors of a pair of clips differ in (1: plain)."),

@@ -238,6 +238,18 @@ def test_script_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mon
         _curve(results / "cpu")
 
 
+def test_caption_curve_has_a_line_for_every_step(tmp_path: Path) -> None:
+    answers = [
+        {"word": w, "level": 0.8, "clips": 64, "right": share} for w, share in (("shape", 0.5), ("motion", 0.75))
+    ]
+    content = {"grid": [5, 12, 12], "weights": {"0": answers, "1200": answers[::-1]}}
+    (tmp_path / "classify_tiny.json").write_text(json.dumps(content))
+    got = docs_scores.caption_curve(tmp_path, "tiny", lambda header, rows, left: json.dumps([header, *rows]))
+    rows = json.loads(got.split("\n\n")[0])
+    assert rows[:2] == [["step", "shape, noise 0.8", "motion, noise 0.8"], ["0", "50%", "75%"]]
+    assert rows[2][0] == "1,200" and "64 held-out clips of 5 × 12 × 12 tokens" in got
+
+
 def _curve(folder: Path) -> list[list[str]]:
     rows: list[list[str]] = []
     docs_scores.training_curve(folder, "tiny", lambda header, found, left: rows.extend([header, *found]) or "")

@@ -6,14 +6,16 @@ import json
 import math
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from dsattn.pipelines.tiny import batches, data
-from dsattn.pipelines.tiny.loader import WEIGHTS, load_codec, load_tiny, load_tiny_joint
+from dsattn.pipelines.tiny import batches, data, trainable
+from dsattn.pipelines.tiny.codec import chosen_patches, to_patches
+from dsattn.pipelines.tiny.loader import WEIGHTS, WEIGHTS_JOINT, load_codec, load_tiny, load_tiny_joint
 from dsattn.pipelines.tiny.model import build_tokenizer
 from dsattn.pipelines.tiny.trainable import build_trainable, carry_words
 from dsattn.pipelines.tiny.training import CpuTrainingProcessor
@@ -78,15 +80,18 @@ def test_tokens_of_a_part_are_those_of_the_whole(clips: batches.Clips) -> None:
 
 def test_every_phase_and_grid_is_reached() -> None:
     rng = np.random.default_rng(0)
-    assert {g for _ in range(400) for g, _ in [batches.pick_grid(rng, 0.1)]} == {
-        *batches.SMALL,
-        *batches.MIDDLE,
-        *batches.LARGE,
-    }
-    late = [batches.pick_grid(rng, 0.99) for _ in range(400)]
-    assert {g for g, in_part in late if in_part} == set(batches.LARGE)
-    assert (9, 32, 32) in {g for g, in_part in late if not in_part}
+    early, late = ([batches.pick_grid(rng, fraction) for _ in range(400)] for fraction in (0.1, 0.99))
+    assert {g for g, _ in early} == {*batches.SMALL, *batches.MIDDLE, *batches.LARGE}
+    assert {keep for g, keep in early} == {batches.GROWING[0].kept, math.prod((5, 8, 8))}
+    assert {g for g, keep in late if keep < math.prod(g)} >= {(9, 32, 32), (7, 40, 40)}
+    assert {g for g, keep in late if keep == math.prod(g)} >= {*batches.SMALL, *batches.FULL}
     assert all(math.isclose(sum(p.shares), 1) for p in batches.GROWING) and math.isinf(batches.GROWING[-1].until)
+
+
+def test_many_clips_are_seen_in_part_at_first(clips: batches.Clips) -> None:
+    early, late = clips.batch(1, 0.0), clips.batch(1, 0.99)
+    assert early.latents.shape[2] <= 384 and len(early.level) == max(1, round(1500 / early.latents.shape[2]))
+    assert late.latents.shape[2] > early.latents.shape[2]
 
 
 def test_batches_drawn_ahead_are_the_same(clips: batches.Clips) -> None:
@@ -100,11 +105,20 @@ def test_batches_drawn_ahead_are_the_same(clips: batches.Clips) -> None:
         loader.close()
 
 
+@pytest.mark.parametrize("frames", [1, 5, 9])
+def test_chosen_patches_are_those_of_the_whole_clip(frames: int) -> None:
+    clip = torch.rand(frames, 24, 40, 3, generator=torch.Generator().manual_seed(0))
+    patches = to_patches(clip.permute(3, 0, 1, 2)[None])[0]
+    places = torch.cartesian_prod(*(torch.arange(n) for n in patches.shape[:3])).reshape(-1, 3)[::2].flip(0)
+    assert torch.equal(chosen_patches(clip, places), patches[tuple(places.unbind(1))])
+
+
 # ---- models in training --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["tiny", "tiny-joint"])
-def test_chosen_positions_are_the_stock_model(kind: str) -> None:
+def test_chosen_positions_are_the_stock_model(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainable, "mixed_precision", lambda device: nullcontext())  # some CPUs would take bfloat16
     model = build_trainable(kind, 32, 0, WEIGHTS).eval()
     stock = build_trainable(kind, 32, 0, WEIGHTS).eval()
     stock.transformer.rope = type(load_tiny().transformer.rope)(64, (1, 1, 1), 128) if kind == "tiny" else _joint_rope()
@@ -129,6 +143,16 @@ def test_chosen_positions_are_the_stock_model(kind: str) -> None:
     with pytest.raises(ValueError, match="105 positions were chosen for 6 tokens"):
         model.transformer.rope.positions = positions
         model.transformer.rope(torch.zeros(1, 32, 1, 1, 6))
+
+
+def test_training_goes_on_from_weights_of_its_kind() -> None:
+    model = build_trainable("tiny-joint", 32, 0, WEIGHTS_JOINT)
+    stored = load_tiny_joint()
+    for got, want in ((model.transformer, stored.transformer), (model.text_encoder, stored.text_encoder)):
+        state = got.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in want.state_dict().items())
+    with pytest.raises(ValueError, match="holds weights of tiny-joint"):
+        build_trainable("tiny", 32, 0, WEIGHTS_JOINT)
 
 
 def _joint_rope() -> torch.nn.Module:
@@ -234,6 +258,38 @@ def test_training_attention_matches_the_stock_processor() -> None:
     pipe.transformer.set_attn_processor(CpuTrainingProcessor())
     got = pipe.transformer(noisy, torch.tensor([500.0]), text, return_dict=False)[0]
     assert torch.allclose(got, want, atol=2e-4 * float(want.abs().max()))
+
+
+# ---- what captions mean to a model ---------------------------------------------------------------------------------
+
+
+def test_the_classifier_knows_who_reads_captions(clips: batches.Clips) -> None:
+    classify = script("classify_tiny")
+    asked = list(classify.questions(clips, 4, (3, 8, 8), (0.8,)))
+    assert [question.word for question in asked] == ["shape", "motion"]
+    for question in asked:
+        own, other = question.own, question.other
+        assert torch.equal(own.latents, other.latents) and torch.equal(own.noise, other.noise)
+        assert (own.tokens != other.tokens).any(1).all()  # every caption differs
+        target = own.noise - own.latents
+
+        def reader(noisy, level, tokens, *rest, own=own, target=target):
+            """Right where the caption is the clip's own."""
+            return target + 0.1 * (tokens != own.tokens).any(1)[:, None, None]
+
+        assert classify.answer(reader, question)["right"] == 1.0
+        assert classify.answer(lambda noisy, *rest: 0 * noisy, question)["right"] == 0.0  # no caption is preferred
+
+
+def test_weights_are_compared_by_what_captions_mean_to_them(tmp_path: Path) -> None:
+    out, folders = tmp_path / "new" / "words.json", (str(WEIGHTS), str(WEIGHTS_JOINT))
+    done = run(sys.executable, str(SCRIPTS / "classify_tiny.py"), *folders, "--clips", "2", "--json", str(out))
+    assert done.returncode == 0, done.stderr
+    weights = json.loads(out.read_text())["weights"]
+    assert list(weights) == list(folders)
+    for rows in weights.values():
+        assert [(r["word"], r["level"]) for r in rows] == [(w, s) for w in ("shape", "motion") for s in (0.8, 0.92)]
+        assert all(r["clips"] == 2 and r["right"] in (0.0, 0.5, 1.0) for r in rows)
 
 
 # ---- the codec's decoder -------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """What one training step of the small models sees: clips, captions, noise levels and the tokens that are kept.
 
-Grids grow over the budget. Large grids are mostly seen through a random part of their tokens, two by two: the positions
-and the content of a token are those of the large grid, the cost is that of a small one. Whole large grids follow at the
-end, because a model that never saw neighbours on all sides does not use them well.
+A step's cost is its tokens; what it teaches about words is its clips. So most of a clip's tokens are left out, at
+random and two by two: the positions and the content of a token are those of the whole grid, and many more clips fit
+into a step. More is kept as the budget is used up, and whole grids follow at the end, because a model that never saw
+neighbours on all sides does not use them well. After MaskDiT (https://arxiv.org/abs/2306.09305); differs in: what is
+left out is not predicted, so no decoder is needed for it.
 """
 
 from __future__ import annotations
@@ -21,43 +23,53 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dsattn.pipelines.tiny import data
-from dsattn.pipelines.tiny.codec import SPATIAL, TEMPORAL, PatchCodec
+from dsattn.pipelines.tiny.codec import SPATIAL, TEMPORAL, PatchCodec, chosen_patches
 from dsattn.pipelines.tiny.model import FLOW_SHIFT, MAX_TEXT, build_tokenizer
 from dsattn.pipelines.tiny.render import render
 
 Grid = tuple[int, int, int]
 """Latent frames, height and width."""
 
-SMALL: tuple[Grid, ...] = ((5, 12, 12), (5, 12, 12), (9, 12, 12), (9, 10, 14), (7, 14, 10), (5, 16, 16), (5, 8, 8))
+SMALL: tuple[Grid, ...] = (
+    (5, 12, 12),
+    (5, 12, 12),
+    (9, 12, 12),
+    (9, 10, 14),
+    (7, 14, 10),
+    (5, 16, 16),
+    (5, 8, 8),
+    (3, 12, 12),
+)
 MIDDLE: tuple[Grid, ...] = ((9, 16, 16), (7, 20, 20), (9, 16, 20), (9, 20, 16), (13, 14, 14))
 LARGE: tuple[Grid, ...] = ((9, 32, 32), (9, 32, 32), (9, 24, 24), (9, 24, 32), (7, 40, 40), (13, 20, 20))
 FULL: tuple[Grid, ...] = ((9, 24, 24), (9, 24, 24), (9, 20, 28), (9, 32, 32))
-KEPT_TOKENS = 1600
-"""Tokens of a clip that are kept of a large grid seen in part."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Shares of small, middle, large (in part) and full (large, whole) grids up to `until` of the budget."""
+    """Up to `until` of the budget: shares of small, middle, large (`kept` tokens of each) and full (whole) grids."""
 
     until: float
+    kept: int
     shares: tuple[float, float, float, float]
 
 
 GROWING = (
-    Phase(0.40, (0.60, 0.10, 0.30, 0.0)),
-    Phase(0.75, (0.35, 0.25, 0.40, 0.0)),
-    Phase(0.90, (0.20, 0.40, 0.30, 0.10)),
-    Phase(math.inf, (0.10, 0.35, 0.20, 0.35)),
+    Phase(0.60, 384, (0.55, 0.25, 0.20, 0.0)),
+    Phase(0.80, 768, (0.40, 0.30, 0.30, 0.0)),
+    Phase(0.92, 1536, (0.35, 0.30, 0.25, 0.10)),
+    Phase(math.inf, 2304, (0.25, 0.35, 0.20, 0.20)),
 )
 
 
-def pick_grid(rng: np.random.Generator, fraction: float, phases: Sequence[Phase] = GROWING) -> tuple[Grid, bool]:
-    """A grid for a step at `fraction` of the budget, and whether it is seen in part."""
-    shares = next(p.shares for p in phases if fraction < p.until)
-    index = int(rng.choice(4, p=shares))
+def pick_grid(rng: np.random.Generator, fraction: float, phases: Sequence[Phase] = GROWING) -> tuple[Grid, int]:
+    """A grid for a step at `fraction` of the budget, and how many of its tokens are kept."""
+    phase = next(p for p in phases if fraction < p.until)
+    index = int(rng.choice(4, p=phase.shares))
     family = (SMALL, MIDDLE, LARGE, FULL)[index]
-    return family[int(rng.integers(len(family)))], index == 2
+    grid = family[int(rng.integers(len(family)))]
+    whole = math.prod(grid)
+    return grid, whole if index == 3 else min(whole, phase.kept)
 
 
 def pick_positions(rng: np.random.Generator, grid: Grid, keep: int) -> Tensor:
@@ -65,7 +77,7 @@ def pick_positions(rng: np.random.Generator, grid: Grid, keep: int) -> Tensor:
     frames, height, width = grid
     rows, cols = -(-height // 2), -(-width // 2)
     blocks = frames * rows * cols
-    count = min(blocks, max(1, round(keep / 4)))
+    count = blocks if keep >= math.prod(grid) else min(blocks, max(1, round(keep / 4)))
     chosen = np.zeros(blocks, bool)
     chosen[rng.permutation(blocks)[:count]] = True
     kept = chosen.reshape(frames, rows, cols).repeat(2, axis=1).repeat(2, axis=2)[:, :height, :width]
@@ -108,9 +120,8 @@ class Clips:
     def batch(self, step: int, fraction: float, grid: Grid | None = None) -> Batch:
         """Draw the share of one worker in step `step`; a `grid` that is given is seen whole."""
         rng = np.random.default_rng((self.seed, step))
-        picked, in_part = (grid, False) if grid else pick_grid(rng, fraction)
-        everything = math.prod(picked)
-        positions = pick_positions(rng, picked, KEPT_TOKENS if in_part else everything)
+        picked, keep = (grid, math.prod(grid)) if grid else pick_grid(rng, fraction)
+        positions = pick_positions(rng, picked, keep)
         count = max(1, round(self.tokens_per_step / (len(positions) * self.world))) * self.world
         # In pairs that differ in the motion alone, or in the shape alone, noise included: what the two gradients share
         # cancels, and what is left is about the words for it, the last ones such a model learns.
@@ -140,13 +151,14 @@ class Clips:
         """Render and encode scenes on `grid` and keep the tokens at `positions`."""
         frames, height, width = grid
         size = (TEMPORAL * (frames - 1) + 1, SPATIAL * height, SPATIAL * width)
-        video = torch.from_numpy(np.stack([render(s, *size) for s in scenes])).permute(0, 4, 1, 2, 3) * 2 - 1
-        latents = self.codec.normalise(self.codec.encode(video))
-        f, y, x = positions.unbind(1)
+        clips = (torch.from_numpy(render(s, *size)) for s in scenes)
+        patches = torch.stack([chosen_patches(clip, positions) for clip in clips]) * 2 - 1
+        latents = self.codec.encode_patches(patches).movedim(-1, 1)
+        latents = self.codec.normalise(latents[..., None, None])[..., 0, 0]
         text = self.tokenizer(
             list(captions), padding="max_length", max_length=MAX_TEXT, truncation=True, return_tensors="pt"
         )
-        return Batch(latents[:, :, f, y, x], noise, positions, text.input_ids, text.attention_mask, level)
+        return Batch(latents, noise, positions, text.input_ids, text.attention_mask, level)
 
     def held_out(self, count: int, grid: Grid, levels: Sequence[float]) -> list[Batch]:
         """Held-out clips, always the same, one batch per noise level: what the loss is compared on between steps."""

@@ -32,6 +32,22 @@ def to_patches(video: Tensor) -> Tensor:
     return video.permute(0, 2, 4, 6, 3, 5, 7, 1).flatten(4)
 
 
+def chosen_patches(frames: Tensor, positions: Tensor) -> Tensor:
+    """What `to_patches` makes of one clip, at chosen places only: `[F, H, W, 3]` and `[n, 3]` -> `[n, 768]`.
+
+    A place is a latent frame, row and column. Nothing is copied of the clip besides: it may be seen in small part.
+    """
+    count, height, width = (len(frames) - 1) // TEMPORAL, frames.shape[1] // SPATIAL, frames.shape[2] // SPATIAL
+    blocks = frames[1:].view(count, TEMPORAL, height, SPATIAL, width, SPATIAL, 3)
+    out = frames.new_empty(len(positions), TEMPORAL, SPATIAL, SPATIAL, 3)
+    start = positions[:, 0] == 0
+    _, y, x = positions[start].unbind(1)
+    out[start] = frames[0].view(height, SPATIAL, width, SPATIAL, 3)[y, :, x][:, None]
+    f, y, x = positions[~start].unbind(1)
+    out[~start] = blocks[f - 1, :, y, :, x]
+    return out.flatten(1)
+
+
 def from_patches(patches: Tensor) -> Tensor:
     """Inverse of `to_patches`; frame 0 is the mean of the four frames of the first patch row."""
     batch, frames, height, width, _ = patches.shape
@@ -89,8 +105,11 @@ class PatchCodec(ModelMixin, ConfigMixin):
 
     def encode(self, video: Tensor) -> Tensor:
         """`[B, 3, F, H, W]` in [-1, 1] -> codec latents `[B, z, f, h, w]` (not normalised)."""
-        patches = to_patches(video.to(self.dtype)) - self.mean
-        latents: Tensor = (patches @ self.components.T).movedim(-1, 1)
+        return self.encode_patches(to_patches(video.to(self.dtype))).movedim(-1, 1)
+
+    def encode_patches(self, patches: Tensor) -> Tensor:
+        """Patches `[..., 768]` of values in [-1, 1] -> codec latents `[..., z]` (not normalised)."""
+        latents: Tensor = (patches - self.mean) @ self.components.T
         return latents
 
     def normalise(self, latents: Tensor) -> Tensor:

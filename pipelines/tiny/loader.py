@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import WanPipeline
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -151,6 +152,14 @@ def load_tiny_joint(
     verify(folder)
     codec = load_codec(folder, JointCodec)
     return TinyJointPipeline(**_parts(folder, torch_dtype, codec, build_joint_transformer(codec.config.z_dim)))
+
+
+def stored_kind(folder: Path) -> str:
+    """Which of the two models a folder's weights are of, `tiny` or `tiny-joint`; raises as `verify` does."""
+    verify(folder)
+    with safe_open(folder / "transformer.safetensors", "pt") as stored:
+        names = list(stored.keys())
+    return "tiny" if "patch_embedding.weight" in names else "tiny-joint"
 
 
 def load_shipped(

@@ -160,4 +160,4 @@ def render(scene: Scene, frames: int, height: int, width: int) -> FloatArray:
         left = int(rng.uniform(0.3, 0.6) * width)
         tone = rng.uniform(0.15, 0.25) + 0.15 * np.sin(np.linspace(0, np.pi, bar, dtype=np.float32))
         video[:, :, left : left + bar] = tone[:, None]
-    return np.clip(video, 0.0, 1.0)
+    return np.clip(video, 0.0, 1.0, out=video)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dsattn.pipelines.tiny import data
 from dsattn.pipelines.tiny.joint import ROPE_AXES, ROPE_THETA, build_joint_transformer, encode_text
-from dsattn.pipelines.tiny.loader import load_tiny
+from dsattn.pipelines.tiny.loader import load_shipped, stored_kind
 from dsattn.pipelines.tiny.model import build_text_encoder, build_tokenizer, build_transformer
 from dsattn.pipelines.tiny.training import (
     ChosenPositions,
@@ -100,11 +100,10 @@ def build_trainable(kind: str, z_dim: int, seed: int, init: Path | None = None) 
         kind: `tiny` or `tiny-joint`.
         z_dim: latent channels.
         seed: of what starts at random.
-        init: folder with trained weights of `tiny` to start from; None starts from nothing.
+        init: folder with trained weights to start from, of `tiny` or of the same kind; None starts from nothing.
 
     Raises:
         ValueError: an unknown kind, or weights that do not fit; also FileNotFoundError, see `load_tiny`.
-
 
     """
     if kind not in KINDS:
@@ -113,12 +112,15 @@ def build_trainable(kind: str, z_dim: int, seed: int, init: Path | None = None) 
         torch.random.manual_seed(seed)
         model = KINDS[kind](z_dim)
     if init is not None:
-        source = load_tiny(weights_dir=init)
+        stored = stored_kind(init)
+        if stored not in ("tiny", kind):
+            raise ValueError(f"{kind} starts from weights of tiny or its own; {init} holds weights of {stored}")
+        source = load_shipped(stored, weights_dir=init)
         carry_words(model.text_encoder, source.text_encoder, source.tokenizer.get_vocab())
-        if isinstance(model, TrainableJoint):
-            warm_start(model.transformer, source.transformer)
-        else:
+        if stored == kind:
             model.transformer.load_state_dict(source.transformer.state_dict())
+        else:
+            warm_start(model.transformer, source.transformer)
     return model
 
 
