@@ -1,9 +1,9 @@
 """Teach the small models' codec to decode: the learnt part of its decoder, on freshly drawn training clips.
 
-    python scripts/train_codec.py --weights pipelines/tiny/weights --minutes 15
+    python scripts/train_codec.py --weights pipelines/tiny/weights --weights pipelines/tiny/weights_joint --minutes 15
 
 Encoding stays as it is, so transformers trained on the codec's latents stay valid. Latents get a little noise, since
-generated ones are never exact. The codec in `--weights` is replaced at the end, if it has become better.
+generated ones are never exact. The codec in every `--weights` is replaced at the end, if it has become better.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def train(codec: PatchCodec, minutes: float, steps: int, seed: int, peak: float)
 
 
 def main(
-    weights: Path = typer.Option(..., help="Folder of the model whose codec is trained and replaced."),
+    weights: list[Path] = typer.Option(..., help="Folders of the models that use it; the first one's is trained."),
     minutes: float = typer.Option(0.0, help="Wall-clock budget (0: use --steps)."),
     steps: int = typer.Option(0, help="Budget in clips (0: use --minutes)."),
     width: int = typer.Option(128, help="Width of the learnt part."),
@@ -97,7 +97,7 @@ def main(
     if (minutes > 0) == (steps > 0):
         raise typer.BadParameter("give exactly one of --minutes and --steps")
     torch.set_num_threads(threads)
-    codec = load_codec(weights)
+    codec = load_codec(weights[0])
     before = psnr(codec)
     codec = with_refiner(codec, width)
     train(codec, minutes, steps, seed, peak)
@@ -105,8 +105,9 @@ def main(
     typer.echo(f"held-out clips of 17 x 256 x 256: {before:.2f} dB before, {after:.2f} dB after")
     if after <= before:
         raise typer.Exit(1)
-    replace_codec(weights, codec)
-    typer.echo(f"codec replaced in {weights}")
+    for folder in weights:
+        replace_codec(folder, codec)
+        typer.echo(f"codec replaced in {folder}")
 
 
 if __name__ == "__main__":
