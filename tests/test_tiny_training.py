@@ -48,14 +48,19 @@ def test_positions_are_blocks_of_the_grid(grid: batches.Grid, keep: int) -> None
             assert {b for b in block if b[1] < grid[1] and b[2] < grid[2]} <= kept
 
 
-def test_batches_follow_from_seed_and_step_whatever_the_number_of_workers(clips: batches.Clips) -> None:
-    whole = clips.batch(7, 0.3)
-    again = batches.Clips(clips.codec, 5, 1500).batch(7, 0.3)
-    assert torch.equal(whole.latents, again.latents) and torch.equal(whole.tokens, again.tokens)
-    one, two = (batches.Clips(clips.codec, 5, 1500, rank, 2).batch(7, 0.3) for rank in (0, 1))
-    shared = min(2 * len(one.level), len(whole.level)) // 2
-    assert torch.equal(one.latents[:shared], whole.latents[0::2][:shared])
-    assert torch.equal(two.noise[:shared], whole.noise[1::2][:shared])
+@pytest.mark.parametrize("step", range(6))
+def test_batches_follow_from_seed_and_step_whatever_the_number_of_workers(clips: batches.Clips, step: int) -> None:
+    whole = clips.batch(step, 0.3)
+    again = batches.Clips(clips.codec, 5, 1500).batch(step, 0.3)
+    for name in ("latents", "noise", "positions", "tokens", "level"):
+        assert torch.equal(getattr(whole, name), getattr(again, name)), name
+    parts = [batches.Clips(clips.codec, 5, 1500, rank, 2).batch(step, 0.3) for rank in (0, 1)]
+    shared = min(2 * len(parts[0].level), len(whole.level)) // 2
+    assert shared >= 1
+    for rank, part in enumerate(parts):
+        for name in ("noise", "tokens", "level"):
+            assert torch.equal(getattr(part, name)[:shared], getattr(whole, name)[rank::2][:shared]), name
+        assert torch.allclose(part.latents[:shared], whole.latents[rank::2][:shared], atol=1e-5)
 
 
 def test_pairs_share_noise_and_level_and_differ_in_motion_or_shape(clips: batches.Clips) -> None:

@@ -126,18 +126,21 @@ class Clips:
         # In pairs that differ in the motion alone, or in the shape alone, noise included: what the two gradients share
         # cancels, and what is left is about the words for it, the last ones such a model learns.
         pairs = -(-count // 2)
-        scenes = []
+        scenes, captions, level, noise = [], [], [], []
+        # Drawn for the whole batch and then shared out, pair by pair: a step is the same for any number of workers, but
+        # for its last clips where the number of clips is rounded.
         for _ in range(pairs):
             scene = data.sample_scene(rng)
             other = data.other_motion if rng.random() < 0.5 else data.other_shape
-            scenes += [scene, other(scene, rng)]
-        captions = ["" if rng.random() < 0.1 else s.caption for s in scenes]
-        # Drawn for the whole batch and then shared out, so that a step does not depend on the number of workers.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        level = sample_noise_levels(pairs, generator).repeat_interleave(2)
-        noise = torch.randn(pairs, self.codec.config.z_dim, len(positions), generator=generator).repeat_interleave(2, 0)
+            pair = [scene, other(scene, rng)]
+            scenes += pair
+            captions += ["" if rng.random() < 0.1 else s.caption for s in pair]
+            generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+            level.append(sample_noise_levels(1, generator).expand(2))
+            noise.append(torch.randn(1, self.codec.config.z_dim, len(positions), generator=generator).expand(2, -1, -1))
         mine = slice(self.rank, count, self.world)
-        return self.encode(scenes[mine], captions[mine], picked, positions, level[mine], noise[mine])
+        levels, noises = torch.cat(level)[mine], torch.cat(noise)[mine]
+        return self.encode(scenes[mine], captions[mine], picked, positions, levels, noises)
 
     def encode(
         self,
