@@ -85,7 +85,9 @@ def caption_curve(folder: Path, model: str, table: Table) -> str:
     found = json.loads((folder / f"classify_{model}.json").read_text(encoding="utf-8"))
     first = next(iter(found["weights"].values()))
     header = ("step", *(f"{row['word']}, noise {row['level']:g}" for row in first))
-    rows = [(f"{int(step):,}", *(f"{row['right']:.0%}" for row in rows)) for step, rows in found["weights"].items()]
+    rows = [
+        (f"{int(step):,}", *(f"{row['right']:.0%}" for row in answers)) for step, answers in found["weights"].items()
+    ]
     frames, height, width = found["grid"]
     clips = f"{first[0]['clips']} held-out clips of {frames} × {height} × {width} tokens for each word; guessing: 50 %"
     return (

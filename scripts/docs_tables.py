@@ -370,9 +370,9 @@ def definitions(_: str) -> str:
 
 TABLES: dict[str, Callable[[str], str]] = {
     "attention": attention,
+    "caption_curve": lambda model: docs_scores.caption_curve(RESULTS, model, table),
     "cli": cli,
     "comparison": comparison,
-    "caption_curve": lambda model: docs_scores.caption_curve(RESULTS, model, table),
     "definitions": definitions,
     "engine_options": engine_options,
     "equal_cost": lambda _: frontier_section(EQUAL_COST),

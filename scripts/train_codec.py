@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dsattn.pipelines.tiny import data
 from dsattn.pipelines.tiny.codec import PatchCodec, to_patches
-from dsattn.pipelines.tiny.loader import load_codec, replace_codec
+from dsattn.pipelines.tiny.loader import load_codec, replace_codec, verify
 from dsattn.pipelines.tiny.render import render
 
 SIZES = ((17, 128, 128), (17, 192, 192), (17, 256, 256), (9, 256, 256), (17, 96, 128), (5, 320, 320))
@@ -97,6 +97,8 @@ def main(
     if (minutes > 0) == (steps > 0):
         raise typer.BadParameter("give exactly one of --minutes and --steps")
     torch.set_num_threads(threads)
+    for folder in weights:
+        verify(folder)  # before the training, not after it
     codec = load_codec(weights[0])
     before = psnr(codec)
     codec = with_refiner(codec, width)

@@ -156,8 +156,7 @@ class Clips:
         size = (TEMPORAL * (frames - 1) + 1, SPATIAL * height, SPATIAL * width)
         clips = (torch.from_numpy(render(s, *size)) for s in scenes)
         patches = torch.stack([chosen_patches(clip, positions) for clip in clips]) * 2 - 1
-        latents = self.codec.encode_patches(patches).movedim(-1, 1)
-        latents = self.codec.normalise(latents[..., None, None])[..., 0, 0]
+        latents = self.codec.normalise(self.codec.encode_patches(patches).movedim(-1, 1))
         text = self.tokenizer(
             list(captions), padding="max_length", max_length=MAX_TEXT, truncation=True, return_tensors="pt"
         )

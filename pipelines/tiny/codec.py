@@ -113,10 +113,9 @@ class PatchCodec(ModelMixin, ConfigMixin):
         return latents
 
     def normalise(self, latents: Tensor) -> Tensor:
-        """Codec latents -> the space the transformer works in."""
-        mean, std = (
-            latents.new_tensor(v).view(1, -1, 1, 1, 1) for v in (self.config.latents_mean, self.config.latents_std)
-        )
+        """Codec latents `[B, z, ...]` -> the space the transformer works in."""
+        shape = (1, -1, *(1 for _ in latents.shape[2:]))
+        mean, std = (latents.new_tensor(v).view(shape) for v in (self.config.latents_mean, self.config.latents_std))
         return (latents - mean) / std
 
     def decode(self, latents: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
