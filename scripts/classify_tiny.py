@@ -26,7 +26,9 @@ from dsattn.pipelines.tiny import data
 from dsattn.pipelines.tiny.batches import Batch, Clips, Grid, pick_positions
 from dsattn.pipelines.tiny.loader import load_codec, stored_kind
 from dsattn.pipelines.tiny.trainable import TrainableJoint, TrainableTiny, build_trainable
+from dsattn.report import environment
 
+GRID = (5, 12, 12)
 LEVELS = (0.8, 0.92)
 OTHERS = {"shape": data.other_shape, "motion": data.other_motion}
 
@@ -89,7 +91,7 @@ def main(
     """Compare weights by how well they tell captions apart."""
     torch.set_num_threads(threads)
     clips = Clips(load_codec(weights[0]), seed, tokens_per_step=1)
-    asked = list(questions(clips, count, (5, 12, 12)))
+    asked = list(questions(clips, count, GRID))
     rows = {}
     for folder in weights:
         model = build_trainable(stored_kind(folder), clips.codec.config.z_dim, 0, folder).eval()
@@ -98,7 +100,14 @@ def main(
     Console().print(table(rows))
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps({"grid": [5, 12, 12], "weights": rows}, indent=1) + "\n")
+        folders = " ".join(rows)
+        found = {
+            "command": f"python scripts/classify_tiny.py {folders} --clips {count} --seed {seed}",
+            "env": environment(),
+            "grid": GRID,
+            "weights": rows,
+        }
+        json_file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

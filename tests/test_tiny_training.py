@@ -289,7 +289,9 @@ def test_weights_are_compared_by_what_captions_mean_to_them(tmp_path: Path) -> N
     out, folders = tmp_path / "new" / "words.json", (str(WEIGHTS), str(WEIGHTS_JOINT))
     done = run(sys.executable, str(SCRIPTS / "classify_tiny.py"), *folders, "--clips", "2", "--json", str(out))
     assert done.returncode == 0, done.stderr
-    weights = json.loads(out.read_text())["weights"]
+    found = json.loads(out.read_text())
+    assert found["command"].endswith("--clips 2 --seed 0") and found["env"]["torch"] == torch.__version__
+    weights = found["weights"]
     assert list(weights) == list(folders)
     for rows in weights.values():
         assert [(r["word"], r["level"]) for r in rows] == [(w, s) for w in ("shape", "motion") for s in (0.8, 0.92)]
