@@ -156,7 +156,12 @@ def make_clips(
 
 
 def report(
-    settings: dict[str, Any], scenes: list[data.Scene], todo: list[Job], parts: Parts, validation: dict[str, Any]
+    settings: dict[str, Any],
+    scenes: list[data.Scene],
+    todo: list[Job],
+    parts: Parts,
+    validation: dict[str, Any],
+    weights: Path | None = None,
 ) -> dict[str, Any]:
     """Everything measured so far, as it is written to the JSON file."""
     rows = [
@@ -164,11 +169,12 @@ def report(
     ]
     judgements = [tiny_scores.judge(scenes[row["prompt"]], row) for row in rows]
     names = ("model", "grid", "steps", "batch", "dtype", "device")
-    guidance = f" --guidance {settings['guidance']}" if settings["guidance"] != "default" else ""
+    given = f" --guidance {settings['guidance']}" if settings["guidance"] != "default" else ""
+    given += f" --weights {weights}" if weights else ""
     return {
         "command": "python scripts/eval_tiny.py "
         + " ".join(f"--{name} {settings[name]}" for name in names)
-        + f"{guidance} --limit {len(scenes)} --seeds {len({job.seed for job in todo})}",
+        + f"{given} --limit {len(scenes)} --seeds {len({job.seed for job in todo})}",
         "settings": settings,
         "env": environment(),
         "clips_wanted": len(todo),
@@ -307,7 +313,7 @@ def main(
         typer.echo(f"{done}/{len(todo)} clips, {now - began:.0f} s", err=True)
         if minutes and now - began + slowest > 60 * minutes:
             break
-    found = report(settings, scenes, todo, kept, validation)
+    found = report(settings, scenes, todo, kept, validation, weights)
     show(found, scenes, by)
     if sheet:
         rows = [row for row in found["clips"] if any((row["prompt"], row["seed"]) == job[:2] for job in picked)]

@@ -213,6 +213,7 @@ def test_script_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     found = json.loads(whole.read_text())
     assert found["clips_done"] == found["clips_wanted"] == len(found["clips"]) == 4
     assert len({(row["prompt"], row["seed"]) for row in found["clips"]}) == 4
+    assert "--weights" not in found["command"]
     assert len(json.dumps(found["clips"])) / 4 * 192 < 100_000
     assert run("--parts", tmp_path / "b", "--steps", "3").exit_code == 2  # other settings are refused
 

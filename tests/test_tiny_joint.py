@@ -19,7 +19,7 @@ import dsattn
 from dsattn.cli.app import run as command
 from dsattn.cli.errors import USAGE
 from dsattn.engine import Engine
-from dsattn.pipelines.tiny import data
+from dsattn.pipelines.tiny import data, training
 from dsattn.pipelines.tiny.joint import DUAL, ROPE_AXES, SINGLE, TinyJointPipeline, build_joint_transformer
 from dsattn.pipelines.tiny.loader import (
     FOLDERS,
@@ -198,7 +198,11 @@ def test_a_source_that_does_not_fit_is_refused() -> None:
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
-def test_training_attention_and_its_gradients_match_the_stock_processor() -> None:
+@pytest.mark.parametrize("fast", [True, False])
+def test_training_attention_and_its_gradients_match_the_stock_processor(
+    fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "has_fast_bfloat16", lambda device: fast)  # each has an attention of its own
     torch.manual_seed(2)
     model = build_joint_transformer(Z, dual=2, single=2)
     latents, step, text, mask, pooled = inputs()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsattn.pipelines.tiny import batches, data, trainable
+from dsattn.pipelines.tiny import batches, data, trainable, training
 from dsattn.pipelines.tiny.codec import chosen_patches, to_patches
 from dsattn.pipelines.tiny.loader import WEIGHTS, WEIGHTS_JOINT, load_codec, load_tiny, load_tiny_joint
 from dsattn.pipelines.tiny.model import build_tokenizer
@@ -253,7 +253,9 @@ def test_training_resumes_equal(tmp_path: Path) -> None:
     assert torch.equal(bias, whole["ema/transformer.proj_out.bias"])
 
 
-def test_training_attention_matches_the_stock_processor() -> None:
+@pytest.mark.parametrize("fast", [True, False])
+def test_training_attention_matches_the_stock_processor(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "has_fast_bfloat16", lambda device: fast)  # each has an attention of its own
     pipe = load_tiny()
     generator = torch.Generator().manual_seed(1)
     noisy = torch.randn(1, pipe.vae.config.z_dim, 3, 5, 7, generator=generator)
@@ -262,6 +264,27 @@ def test_training_attention_matches_the_stock_processor() -> None:
     pipe.transformer.set_attn_processor(CpuTrainingProcessor())
     got = pipe.transformer(noisy, torch.tensor([500.0]), text, return_dict=False)[0]
     assert torch.allclose(got, want, atol=2e-4 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("supported", "seconds", "want"),
+    [
+        (True, {torch.bfloat16: 1.0, torch.float32: 2.0}, True),
+        (True, {torch.bfloat16: 2.0, torch.float32: 1.0}, False),  # instructions that do not pay
+        (False, {torch.bfloat16: 1.0, torch.float32: 2.0}, False),
+    ],
+)
+def test_bfloat16_is_taken_where_it_is_faster(
+    supported: bool, seconds: dict[torch.dtype, float], want: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    monkeypatch.setattr(training, "_product_seconds", seconds.__getitem__)
+    asked = training.has_fast_bfloat16.__wrapped__
+    assert asked(torch.device("cpu")) is want and asked(torch.device("cuda")) is True
+
+
+def test_a_product_takes_time() -> None:
+    assert 0 < training._product_seconds(torch.float32) < 60
 
 
 # ---- what captions mean to a model ---------------------------------------------------------------------------------
