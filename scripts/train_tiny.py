@@ -8,6 +8,7 @@ Flow matching in diffusers' convention: x_s = (1 - s) x0 + s noise, target noise
 drawn on the fly; every random number of a step depends only on (seed, step), so a resumed run continues exactly where
 it stopped. The schedule (learning rate, grid mix) is a function of the fraction of the budget that is used up. On a CPU
 one worker per core (`--workers`) is the fastest; `--init` starts from trained weights and their codec, in a new run.
+At first few tokens of a clip are kept; trained weights lose by that and can begin with more of them (`--grown`).
 """
 
 from __future__ import annotations
@@ -135,6 +136,11 @@ class Settings:
     loaders: int = 0
     held_out: int = 8
     pair_weight: float = 4.0
+    grown: float = 0.0
+
+    def growth(self, fraction: float) -> float:
+        """How far the growth of clips (`batches.GROWING`) is when a fraction of the budget is used up."""
+        return self.grown + (1 - self.grown) * fraction
 
 
 class Run:
@@ -280,7 +286,8 @@ def train(rank: int, settings: Settings) -> None:
         if fraction >= 1.0 or (settings.stop_after and session >= settings.stop_after):
             break
         rate = learning_rate(fraction, settings.peak)
-        record = training_step(state.model, state.optimizer, loader.next(fraction), rate, settings.pair_weight)
+        batch = loader.next(settings.growth(fraction))
+        record = training_step(state.model, state.optimizer, batch, rate, settings.pair_weight)
         done += [record] if rank == 0 else []
         state.step, session = state.step + 1, session + 1
         state.update_ema()
@@ -326,6 +333,7 @@ def main(
     loaders: int = typer.Option(0, help="Processes that draw batches ahead; a GPU wants as many as there are cores."),
     held_out: int = typer.Option(8, help="Held-out clips whose loss is logged at every checkpoint (0: none)."),
     pair_weight: float = typer.Option(4.0, help="Weight of what the errors of a pair of clips differ in (1: plain)."),
+    grown: float = typer.Option(0.0, min=0.0, max=1.0, help="Where the growth of clips begins (0: few tokens)."),
 ) -> None:
     """Train until the budget is used up."""
     if (minutes > 0) == (steps > 0):
@@ -351,6 +359,7 @@ def main(
         loaders=loaders,
         held_out=held_out,
         pair_weight=pair_weight,
+        grown=grown,
     )
     if workers > 1:
         torch.multiprocessing.spawn(train, args=(settings,), nprocs=workers)

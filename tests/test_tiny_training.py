@@ -213,6 +213,20 @@ def test_pairs_meet_across_workers(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.allclose(got / 2, want[rank::2], atol=1e-6)  # a worker's mean is over its half
 
 
+def test_clips_grow_from_where_they_are_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = script("train_tiny")
+    seen: list[float] = []
+    draw = batches.Clips.batch
+    monkeypatch.setattr(
+        batches.Clips, "batch", lambda self, step, at: seen.append(at) or draw(self, step, at, grid=(1, 4, 4))
+    )
+    small = {"steps": 2, "threads": 1, "workers": 1, "codec_clips": 4, "held_out": 0, "tokens": 16}
+    defaults = {"minutes": 0.0, "stop_after": 0, "peak": 1e-3, "seed": 0, "save_minutes": 60.0, "device": "cpu"}
+    settings = trainer.Settings(run=tmp_path, export=None, grown=0.8, **defaults, **small)
+    trainer.train(0, settings)
+    assert seen == pytest.approx([0.8, 0.9])  # half of what is left after half of the budget
+
+
 def test_training_resumes_equal(tmp_path: Path) -> None:
     training = script("train_tiny")
 
