@@ -8,7 +8,7 @@ Flow matching in diffusers' convention: x_s = (1 - s) x0 + s noise, target noise
 drawn on the fly; every random number of a step depends only on (seed, step), so a resumed run continues exactly where
 it stopped. The schedule (learning rate, grid mix) is a function of the fraction of the budget that is used up. On a CPU
 one worker per core (`--workers`) is the fastest; `--init` starts from trained weights and their codec, in a new run.
-At first few tokens of a clip are kept; trained weights lose by that and can begin with more of them (`--grown`).
+At first few tokens of a clip are kept; trained weights can begin with more of them (`--grown`).
 """
 
 from __future__ import annotations

@@ -239,6 +239,13 @@ def test_script_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mon
         _curve(results / "cpu")
 
 
+def test_the_command_names_other_weights(tmp_path: Path, trusting: None) -> None:
+    out = tmp_path / "scores.json"
+    result = run("--weights", WEIGHTS, "--limit", "1", "--seeds", "1", "--parts", tmp_path / "a", "--json", out)
+    assert result.exit_code == 0, result.output
+    assert f"--weights {WEIGHTS} " in json.loads(out.read_text())["command"]
+
+
 def test_caption_curve_has_a_line_for_every_step(tmp_path: Path) -> None:
     answers = [
         {"word": w, "level": 0.8, "clips": 64, "right": share} for w, share in (("shape", 0.5), ("motion", 0.75))

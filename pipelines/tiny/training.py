@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor, nn
+from torch.utils import benchmark
 
 
 class _PlainAttention(torch.autograd.Function):
@@ -183,14 +183,10 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
-    """The fastest of some products of tokens and weights."""
-    tokens, weights = torch.ones(2048, 192, dtype=dtype), torch.ones(192, 768, dtype=dtype)
-    times = []
-    for _ in range(8):
-        started = time.perf_counter()
-        torch.mm(tokens, weights)
-        times.append(time.perf_counter() - started)
-    return min(times)
+    """What a product of tokens and weights takes."""
+    operands = {"tokens": torch.ones(2048, 192, dtype=dtype), "weights": torch.ones(192, 768, dtype=dtype)}
+    timer = benchmark.Timer("tokens @ weights", globals=operands, num_threads=torch.get_num_threads())
+    return timer.timeit(8).mean
 
 
 def gradient(p: Tensor) -> Tensor:
