@@ -25,6 +25,12 @@ def test_generator_is_a_function_of_its_seed() -> None:
         assert one.min() >= 0 and one.max() <= 1
 
 
+@pytest.mark.parametrize("motion", data.MOVING)
+def test_a_still_shows_the_middle_of_a_path(motion: str) -> None:
+    still, clip = (data.path(motion, 0.4, 0.7, frames) for frames in (1, 9))
+    np.testing.assert_array_equal(still[0], clip[4])
+
+
 def test_held_out_combinations_never_appear_in_training() -> None:
     held_out = set(data.held_out_combinations())
     assert 40 <= len(held_out) <= 80  # about one in eight of 8 x 5 x 12

@@ -70,6 +70,14 @@ def test_pairs_share_noise_and_level_and_differ_in_motion_or_shape(clips: batche
     assert not torch.equal(batch.latents[0], batch.latents[1])
 
 
+def test_pairs_of_stills_differ_in_shape(clips: batches.Clips, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "other_motion", lambda *_: pytest.fail("a still does not show a motion"))
+    for step in range(4):
+        batch = clips.batch(step, 0.0, (1, 12, 12))
+        assert batch.latents.shape[2] == 144 and len(batch.level) == 10
+        assert not torch.equal(batch.latents[0], batch.latents[1])
+
+
 def test_tokens_of_a_part_are_those_of_the_whole(clips: batches.Clips) -> None:
     scenes = [data.sample_scene(np.random.default_rng(i)) for i in range(2)]
     grid, level = (3, 6, 8), torch.tensor([0.5, 0.5])
@@ -85,10 +93,11 @@ def test_tokens_of_a_part_are_those_of_the_whole(clips: batches.Clips) -> None:
 def test_every_phase_and_grid_is_reached() -> None:
     rng = np.random.default_rng(0)
     early, late = ([batches.pick_grid(rng, fraction) for _ in range(400)] for fraction in (0.1, 0.99))
-    assert {g for g, _ in early} == {*batches.SMALL, *batches.MIDDLE, *batches.LARGE}
-    assert {keep for g, keep in early} == {batches.GROWING[0].kept, math.prod((5, 8, 8))}
+    assert {g for g, _ in early} == {*batches.SMALL, *batches.MIDDLE, *batches.LARGE, *batches.STILL}
+    assert {keep for g, keep in early if g[0] > 1} == {batches.GROWING[0].kept, math.prod((5, 8, 8))}
+    assert all(keep == math.prod(g) for g, keep in [*early, *late] if g[0] == 1)
     assert {g for g, keep in late if keep < math.prod(g)} >= {(9, 32, 32), (7, 40, 40)}
-    assert {g for g, keep in late if keep == math.prod(g)} >= {*batches.SMALL, *batches.FULL}
+    assert {g for g, keep in late if keep == math.prod(g)} >= {*batches.SMALL, *batches.FULL, *batches.STILL}
     assert all(math.isclose(sum(p.shares), 1) for p in batches.GROWING) and math.isinf(batches.GROWING[-1].until)
 
 

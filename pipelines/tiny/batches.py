@@ -5,6 +5,9 @@ random and two by two: the positions and the content of a token are those of the
 into a step. More is kept as the budget is used up, and whole grids follow at the end, because a model that never saw
 neighbours on all sides does not use them well. After MaskDiT (https://arxiv.org/abs/2306.09305); differs in: what is
 left out is not predicted, so no decoder is needed for it.
+
+Some steps see nothing but stills: one frame of a scene, from the middle of its paths, seen whole. 50 of them fit where
+10 clips do, and what a shape looks like needs no more.
 """
 
 from __future__ import annotations
@@ -30,6 +33,17 @@ from dsattn.pipelines.tiny.render import render
 Grid = tuple[int, int, int]
 """Latent frames, height and width."""
 
+STILL: tuple[Grid, ...] = (
+    (1, 12, 12),
+    (1, 12, 12),
+    (1, 16, 16),
+    (1, 16, 16),
+    (1, 10, 14),
+    (1, 16, 12),
+    (1, 20, 20),
+    (1, 24, 24),
+    (1, 32, 32),
+)
 SMALL: tuple[Grid, ...] = (
     (5, 12, 12),
     (5, 12, 12),
@@ -47,29 +61,29 @@ FULL: tuple[Grid, ...] = ((9, 24, 24), (9, 24, 24), (9, 20, 28), (9, 32, 32))
 
 @dataclass(frozen=True)
 class Phase:
-    """Up to `until` of the budget: shares of small, middle, large (`kept` tokens of each) and full (whole) grids."""
+    """Up to `until` of the budget: shares of small, middle, large (`kept` tokens of each), full and still (whole)."""
 
     until: float
     kept: int
-    shares: tuple[float, float, float, float]
+    shares: tuple[float, float, float, float, float]
 
 
 GROWING = (
-    Phase(0.60, 384, (0.55, 0.25, 0.20, 0.0)),
-    Phase(0.80, 768, (0.40, 0.30, 0.30, 0.0)),
-    Phase(0.92, 1536, (0.35, 0.30, 0.25, 0.10)),
-    Phase(math.inf, 2304, (0.25, 0.35, 0.20, 0.20)),
+    Phase(0.60, 384, (0.25, 0.15, 0.10, 0.00, 0.50)),
+    Phase(0.80, 768, (0.25, 0.15, 0.10, 0.00, 0.50)),
+    Phase(0.92, 1536, (0.30, 0.20, 0.20, 0.05, 0.25)),
+    Phase(math.inf, 2304, (0.25, 0.25, 0.20, 0.15, 0.15)),
 )
 
 
 def pick_grid(rng: np.random.Generator, fraction: float, phases: Sequence[Phase] = GROWING) -> tuple[Grid, int]:
     """A grid for a step at `fraction` of the budget, and how many of its tokens are kept."""
     phase = next(p for p in phases if fraction < p.until)
-    index = int(rng.choice(4, p=phase.shares))
-    family = (SMALL, MIDDLE, LARGE, FULL)[index]
+    families = (SMALL, MIDDLE, LARGE, FULL, STILL)
+    family = families[int(rng.choice(len(families), p=phase.shares))]
     grid = family[int(rng.integers(len(family)))]
     whole = math.prod(grid)
-    return grid, whole if index == 3 else min(whole, phase.kept)
+    return grid, whole if family in (FULL, STILL) else min(whole, phase.kept)
 
 
 def pick_positions(rng: np.random.Generator, grid: Grid, keep: int) -> Tensor:
@@ -124,14 +138,15 @@ class Clips:
         positions = pick_positions(rng, picked, keep)
         count = max(1, round(self.tokens_per_step / (len(positions) * self.world))) * self.world
         # In pairs that differ in the motion alone, or in the shape alone, noise included: what the two gradients share
-        # cancels, and what is left is about the words for it, the last ones such a model learns.
+        # cancels, and what is left is about the words for it, the last ones such a model learns. A still has no motion.
+        motions = 0.5 if picked[0] > 1 else 0.0
         pairs = -(-count // 2)
         scenes, captions, level, noise = [], [], [], []
         # Drawn for the whole batch and then shared out, pair by pair: a step is the same for any number of workers, but
         # for its last clips where the number of clips is rounded.
         for _ in range(pairs):
             scene = data.sample_scene(rng)
-            other = data.other_motion if rng.random() < 0.5 else data.other_shape
+            other = data.other_motion if rng.random() < motions else data.other_shape
             pair = [scene, other(scene, rng)]
             scenes += pair
             captions += ["" if rng.random() < 0.1 else s.caption for s in pair]
