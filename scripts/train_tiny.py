@@ -40,7 +40,7 @@ from dsattn.pipelines.tiny.training import Optimizer, gradient
 Z_DIM = 32
 NOISE_BINS = (0.0, 0.3, 0.6, 0.8, 0.9, 0.95, 0.98, 1.001)
 HELD_OUT_GRID, HELD_OUT_LEVELS = (9, 12, 12), (0.5, 0.8, 0.9, 0.95)
-"""What the loss of the averaged weights is measured on between steps, the same in every run."""
+"""What the loss of the averaged weights is measured on before and between steps, the same in every run."""
 
 
 def learning_rate(fraction: float, peak: float) -> float:
@@ -252,9 +252,14 @@ def checkpoint(state: Run, settings: Settings, held_out: list[Batch]) -> None:
     state.save()
     if settings.export:
         state.export(settings.export)
-    if held_out:
-        errors = state.held_out_error(held_out)
-        write_log(settings.run, {"step": state.step, "seconds": round(state.seconds, 1), "held_out": errors})
+    log_held_out(state, settings.run, held_out)
+
+
+def log_held_out(state: Run, run: Path, batches: list[Batch]) -> None:
+    """A line of the log with what the averaged weights score on held-out clips; none without such clips."""
+    if batches:
+        errors = state.held_out_error(batches)
+        write_log(run, {"step": state.step, "seconds": round(state.seconds, 1), "held_out": errors})
 
 
 def train(rank: int, settings: Settings) -> None:
@@ -270,6 +275,8 @@ def train(rank: int, settings: Settings) -> None:
     held_out = (
         clips.held_out(settings.held_out, HELD_OUT_GRID, HELD_OUT_LEVELS) if rank == 0 and settings.held_out else []
     )
+    if state.step == 0:
+        log_held_out(state, settings.run, held_out)  # of the weights it starts from
     state.model.train()
     parent = os.getppid()
     last_save, last_log, session = time.monotonic(), time.monotonic(), 0

@@ -78,6 +78,13 @@ def test_pairs_of_stills_differ_in_shape(clips: batches.Clips, monkeypatch: pyte
         assert not torch.equal(batch.latents[0], batch.latents[1])
 
 
+def test_held_out_clips_are_the_same_in_every_run(clips: batches.Clips) -> None:
+    other = batches.Clips(clips.codec, clips.seed + 1, tokens_per_step=100)
+    ours, theirs = (c.held_out(2, (2, 6, 6), (0.5,))[0] for c in (clips, other))
+    for name in ("latents", "noise", "tokens", "level"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
 def test_tokens_of_a_part_are_those_of_the_whole(clips: batches.Clips) -> None:
     scenes = [data.sample_scene(np.random.default_rng(i)) for i in range(2)]
     grid, level = (3, 6, 8), torch.tensor([0.5, 0.5])
@@ -102,7 +109,11 @@ def test_every_phase_and_grid_is_reached() -> None:
 
 
 def test_many_clips_are_seen_in_part_at_first(clips: batches.Clips) -> None:
-    early, late = clips.batch(1, 0.0), clips.batch(1, 0.99)
+    def picked(step: int) -> batches.Grid:
+        return batches.pick_grid(np.random.default_rng((clips.seed, step)), 0.0)[0]
+
+    step = next(s for s in range(20) if picked(s) in batches.MIDDLE)
+    early, late = clips.batch(step, 0.0), clips.batch(step, 0.99)
     assert early.latents.shape[2] <= 384 and len(early.level) == max(1, round(1500 / early.latents.shape[2]))
     assert late.latents.shape[2] > early.latents.shape[2]
 
@@ -270,6 +281,7 @@ def test_training_resumes_equal(tmp_path: Path) -> None:
         assert torch.equal(tensor, halves[name]), name
     assert json.loads((tmp_path / "halves" / "state.json").read_text())["step"] == 3
     log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "held_out" in line] == [0, 3]
     assert log[-1]["held_out"].keys() == {"0.5", "0.8", "0.9", "0.95"}
     exported = load_tiny(weights_dir=tmp_path / "whole" / "export")
     bias = exported.transformer.proj_out.bias
