@@ -228,10 +228,12 @@ def test_script_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     (results / "cpu" / "checkpoints").mkdir()
     shutil.copy(whole, results / "cpu" / "checkpoints" / "eval_tiny_30.json")
     log = [{"step": 3, "loss": 0.5}] + [{"step": 3 * n, "held_out": {"0.5": 1 / n, "0.9": 2.0}} for n in range(1, 40)]
+    log.insert(0, {"step": 0, "held_out": {"0.5": 4.0, "0.9": 2.0}})
     (results / "cpu" / "train_tiny.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     header, *rows = _curve(results / "cpu")
     assert header[:3] == ["step", "loss at 0.5", "loss at 0.9"] and "shape" in header
-    assert rows[-1][:3] == ["117", "0.026", "2.000"] and 8 <= len(rows) <= 11
+    assert rows[-1][:3] == ["117", "0.026", "2.000"] and 9 <= len(rows) <= 12
+    assert rows[0][:2] == ["0", "4.000"]
     (scored,) = (row for row in rows if row[0] == "30")
     assert scored[header.index("colour")] == f"{found['scores']['colour']['share']:.0%}"
     (results / "cpu" / "train_tiny.jsonl").write_text("")
