@@ -64,7 +64,7 @@ def training_curve(folder: Path, model: str, table: Table) -> str:
     }
     levels = list(next(iter(losses.values())))
     every = max(1, len(losses) // 8)
-    shown = sorted({*list(losses)[every - 1 :: every], *(s for s in losses if s in scored or not s), max(losses)})
+    shown = sorted({*list(losses)[every - 1 :: every], *(s for s in losses if s in scored or s == 0), max(losses)})
     rows = []
     for step in shown:
         found = scored.get(step, {}).get("scores", {})
