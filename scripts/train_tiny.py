@@ -43,9 +43,9 @@ HELD_OUT_GRID, HELD_OUT_LEVELS = (9, 12, 12), (0.5, 0.8, 0.9, 0.95)
 """What the loss of the averaged weights is measured on before and between steps, the same in every run."""
 
 
-def learning_rate(fraction: float, peak: float) -> float:
-    """Warm up for 2 % of the budget, hold, then fall linearly to 2 % over the last 45 %."""
-    return peak * min(1.0, fraction / 0.02 + 1e-3, max(0.02, (1.0 - fraction) / 0.45))
+def learning_rate(fraction: float, peak: float, decay: float = 0.45) -> float:
+    """Warm up for 2 % of the budget, hold, then fall linearly to 2 % over the last `decay` of it."""
+    return peak * min(1.0, fraction / 0.02 + 1e-3, max(0.02, (1.0 - fraction) / decay))
 
 
 def fit_codec(seed: int, clips: int) -> patch_codec.PatchCodec:
@@ -74,11 +74,21 @@ def squared_error(error: Tensor) -> Tensor:
     return error.square().flatten(1).mean(1)
 
 
-def pair_loss(error: Tensor, weight: float) -> Tensor:
+def component_weights(codec: patch_codec.PatchCodec, power: float) -> Tensor:
+    """Weights of the codec's components in the loss, `[z, 1]`, of mean 1: `latents_std` ** `power`.
+
+    Latents are whitened half-way. At power 0 an error counts as in the latents, at 2 as in pixels.
+    """
+    weights = torch.tensor(codec.config.latents_std) ** power
+    return (weights / weights.mean())[:, None]
+
+
+def pair_loss(error: Tensor, weight: float, components: Tensor | float = 1.0) -> Tensor:
     """Mean square of what a pair's two errors share, plus `weight` times that of what they differ in.
 
     At weight 1 that is the mean squared error. Neighbours are pairs; over several workers clips are dealt in turn, so
-    one's other half may be elsewhere. A clip without one is its own. Only the gradient is that loss's, not the value.
+    one's other half may be elsewhere. A clip without one is its own. Squares are weighted with `components`, `[z, 1]`.
+    Only the gradient is that loss's, not the value.
     """
     rank, world, everyone = 0, 1, [error.detach()]
     if dist.is_initialized():
@@ -89,11 +99,16 @@ def pair_loss(error: Tensor, weight: float) -> Tensor:
     other = (torch.arange(len(dealt), device=error.device) ^ 1).clamp(max=len(dealt) - 1)
     # With shared = (a + b) / 2 and differing = (a - b) / 2: half of the gradient is shared + weight differing.
     pull = (1 + weight) * error.detach() + (1 - weight) * dealt[other][rank::world]
-    return (error * pull).mean()
+    return (error * pull * components).mean()
 
 
 def training_step(
-    model: nn.Module, optimizer: Optimizer, batch: Batch, rate: float, pair_weight: float = 1.0
+    model: nn.Module,
+    optimizer: Optimizer,
+    batch: Batch,
+    rate: float,
+    pair_weight: float = 1.0,
+    components: Tensor | float = 1.0,
 ) -> dict[str, Tensor]:
     """One update; returns noise level and loss of every sample of this worker, and the norm of the gradient.
 
@@ -104,7 +119,7 @@ def training_step(
     params = list(optimizer.params.values())
     for p in params:
         p.grad = None
-    pair_loss(error, pair_weight).backward()
+    pair_loss(error, pair_weight, components).backward()
     if dist.is_initialized():
         flat = torch.cat([gradient(p).flatten() for p in params])
         dist.all_reduce(flat)
@@ -137,6 +152,8 @@ class Settings:
     held_out: int = 8
     pair_weight: float = 4.0
     grown: float = 0.0
+    decay: float = 0.45
+    component_power: float = 0.0
 
     def growth(self, fraction: float) -> float:
         """How far the growth of clips (`batches.GROWING`) is when a fraction of the budget is used up."""
@@ -277,6 +294,7 @@ def train(rank: int, settings: Settings) -> None:
     )
     if state.step == 0:
         log_held_out(state, settings.run, held_out)  # of the weights it starts from
+    components = component_weights(state.codec, settings.component_power).to(settings.device)
     state.model.train()
     parent = os.getppid()
     last_save, last_log, session = time.monotonic(), time.monotonic(), 0
@@ -292,9 +310,9 @@ def train(rank: int, settings: Settings) -> None:
             raise RuntimeError("the process that started this worker is gone")
         if fraction >= 1.0 or (settings.stop_after and session >= settings.stop_after):
             break
-        rate = learning_rate(fraction, settings.peak)
+        rate = learning_rate(fraction, settings.peak, settings.decay)
         batch = loader.next(settings.growth(fraction))
-        record = training_step(state.model, state.optimizer, batch, rate, settings.pair_weight)
+        record = training_step(state.model, state.optimizer, batch, rate, settings.pair_weight, components)
         done += [record] if rank == 0 else []
         state.step, session = state.step + 1, session + 1
         state.update_ema()
@@ -341,6 +359,10 @@ def main(
     held_out: int = typer.Option(8, help="Held-out clips whose loss is logged at every checkpoint (0: none)."),
     pair_weight: float = typer.Option(4.0, help="Weight of what the errors of a pair of clips differ in (1: plain)."),
     grown: float = typer.Option(0.0, min=0.0, max=1.0, help="Where the growth of clips begins (0: few tokens)."),
+    decay: float = typer.Option(0.45, min=0.01, max=1.0, help="Last share of the budget, over which the rate falls."),
+    component_power: float = typer.Option(
+        0.0, min=0.0, max=2.0, help="Errors count by latents_std ** this (0: as in the latents; 2: as in pixels)."
+    ),
 ) -> None:
     """Train until the budget is used up."""
     if (minutes > 0) == (steps > 0):
@@ -367,6 +389,8 @@ def main(
         held_out=held_out,
         pair_weight=pair_weight,
         grown=grown,
+        decay=decay,
+        component_power=component_power,
     )
     if workers > 1:
         torch.multiprocessing.spawn(train, args=(settings,), nprocs=workers)

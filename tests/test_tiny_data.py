@@ -26,9 +26,20 @@ def test_generator_is_a_function_of_its_seed() -> None:
 
 
 @pytest.mark.parametrize("motion", data.MOVING)
-def test_a_still_shows_the_middle_of_a_path(motion: str) -> None:
+def test_a_still_shows_where_a_path_begins(motion: str) -> None:
     still, clip = (data.path(motion, 0.4, 0.7, frames) for frames in (1, 9))
-    np.testing.assert_array_equal(still[0], clip[4])
+    np.testing.assert_array_equal(still[0], clip[0])
+
+
+def test_motions_are_drawn_as_often_as_documented() -> None:
+    rng = np.random.default_rng(1)
+    drawn = [data._draw_motion(rng, simple=False) for _ in range(4000)]
+    assert sorted(m for kind in data.MOTION_SHARES for m in kind) == sorted(data.MOTIONS)
+    for kind, share in data.MOTION_SHARES.items():
+        for motion in kind:  # five standard errors
+            each = share / len(kind)
+            assert abs(drawn.count(motion) / 4000 - each) < 5 * (each * (1 - each) / 4000) ** 0.5
+    assert "still" not in {data._draw_motion(rng, simple=True) for _ in range(400)}
 
 
 def test_held_out_combinations_never_appear_in_training() -> None:

@@ -100,6 +100,29 @@ def test_the_loss_of_pairs_weighs_what_they_differ_in(count: int, weight: float)
         assert torch.allclose(got, torch.autograd.grad(error.square().mean(), error)[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("weight", [1.0, 4.0])
+def test_at_power_two_the_loss_is_that_of_pixels(weight: float) -> None:
+    training, codec = script("train_tiny"), load_codec(WEIGHTS)
+    error = torch.randn(4, 32, 5, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    scale = torch.tensor(codec.config.latents_std)
+    pixels = error.movedim(1, 2) * scale @ codec.components  # of every token, but for one constant
+    components = training.component_weights(codec, 2.0)
+    got, want = (
+        torch.autograd.grad(training.pair_loss(*args), error)[0]
+        for args in ((error, weight, components), (pixels, weight))
+    )
+    want = want * (pixels[0, 0].numel() / 32) / scale.square().mean()
+    assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max()))
+    assert torch.equal(training.component_weights(codec, 0.0), torch.ones(32, 1))
+
+
+def test_the_rate_falls_over_the_share_it_is_told() -> None:
+    rate = script("train_tiny").learning_rate
+    assert rate(0.02, 1.0, 1.0) == pytest.approx(0.98) and rate(0.5, 1.0, 1.0) == pytest.approx(0.5)
+    assert [rate(f, 1.0) for f in (0.5, 0.55, 0.775, 1.0)] == pytest.approx([1.0, 1.0, 0.5, 0.02])
+    assert rate(1.0, 1.0, 1.0) == pytest.approx(0.02)
+
+
 def test_pairs_meet_across_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     training = script("train_tiny")
     error = torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)

@@ -6,8 +6,8 @@ into a step. More is kept as the budget is used up, and whole grids follow at th
 neighbours on all sides does not use them well. After MaskDiT (https://arxiv.org/abs/2306.09305); differs in: what is
 left out is not predicted, so no decoder is needed for it.
 
-Some steps see nothing but stills: one frame of a scene, from the middle of its paths, seen whole. 50 of them fit where
-10 clips do, and what a shape looks like needs no more.
+Some steps see nothing but stills: the first frame of a scene, seen whole. 50 of them fit where 10 clips do, and what a
+shape looks like needs no more.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Phase:
 
 GROWING = (
     Phase(0.60, 384, (0.25, 0.15, 0.10, 0.00, 0.50)),
-    Phase(0.80, 768, (0.25, 0.15, 0.10, 0.00, 0.50)),
+    Phase(0.80, 768, (0.40, 0.20, 0.15, 0.00, 0.25)),
     Phase(0.92, 1536, (0.30, 0.20, 0.20, 0.05, 0.25)),
     Phase(math.inf, 2304, (0.25, 0.25, 0.20, 0.15, 0.15)),
 )

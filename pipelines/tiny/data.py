@@ -64,6 +64,10 @@ TURNS = {"clockwise": 1, "anticlockwise": -1}
 BOUNCES = ("bounce-vertical", "bounce-horizontal")
 MOVING = (*DIRECTIONS, *TURNS, *BOUNCES)
 MOTIONS = (*MOVING, "still")
+AXES = ("left", "right", "up", "down")
+DIAGONALS = tuple(d for d in DIRECTIONS if d not in AXES)
+MOTION_SHARES: dict[tuple[str, ...], float] = {("still",): 0.06, AXES: 0.28, DIAGONALS: 0.24, (*TURNS, *BOUNCES): 0.42}
+"""How often something in training moves in each way; what turns is nearly half, because it takes longest to learn."""
 OPPOSITE = {
     a: b
     for a in DIRECTIONS
@@ -155,8 +159,11 @@ def held_out_combinations() -> list[tuple[str, str, str]]:
 
 
 def path(motion: str, travel: float, phase: float, frames: int) -> FloatArray:
-    """Offsets (x, y) from the middle of a path, `[frames, 2]`, in fractions of the frame; y points down."""
-    time = np.linspace(0.0, 1.0, frames, dtype=np.float32) if frames > 1 else np.full(1, 0.5, np.float32)
+    """Offsets (x, y) from the middle of a path, `[frames, 2]`, in fractions of the frame; y points down.
+
+    A single frame is where the path begins.
+    """
+    time = np.linspace(0.0, 1.0, frames, dtype=np.float32)
     if motion in DIRECTIONS:
         step = np.asarray(DIRECTIONS[motion], np.float32)
         return np.asarray((time[:, None] - 0.5) * travel * step / np.linalg.norm(step), np.float32)
@@ -259,14 +266,17 @@ def _draw_shape(rng: np.random.Generator, colour: str, shape: str, motion: str) 
     return ShapeSpec(colour, shape, size, motion, radius, centre, travel, angle, phase)
 
 
+def _draw_motion(rng: np.random.Generator, simple: bool) -> str:
+    kinds, shares = tuple(MOTION_SHARES), tuple(MOTION_SHARES.values())
+    motion = _choice(rng, kinds[int(rng.choice(len(kinds), p=shares))])
+    return _draw_motion(rng, simple) if simple and motion == "still" else motion
+
+
 def _draw_combinations(rng: np.random.Generator, count: int, simple: bool) -> list[tuple[str, str, str]]:
     """`count` training combinations with different colours."""
     combos: list[tuple[str, str, str]] = []
     while len(combos) < count:
-        kind = 1.0 if simple else rng.random()
-        # Half of the motions are along an axis: they are the words used most, and the easiest to tell apart.
-        motion = "still" if kind < 0.06 else _choice(rng, tuple(STRAIGHT_PHRASES) if rng.random() < 0.5 else MOVING)
-        combo = (_choice(rng, tuple(COLOURS)), _choice(rng, SHAPES), motion)
+        combo = (_choice(rng, tuple(COLOURS)), _choice(rng, SHAPES), _draw_motion(rng, simple))
         if not is_held_out(*combo) and all(combo[0] != other[0] for other in combos):
             combos.append(combo)
     return combos
