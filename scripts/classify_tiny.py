@@ -20,11 +20,11 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from train_tiny import squared_error, velocity_error
 
 from dsattn.pipelines.tiny import data
 from dsattn.pipelines.tiny.batches import Batch, Clips, Grid, pick_positions
 from dsattn.pipelines.tiny.loader import load_codec, stored_kind
+from dsattn.pipelines.tiny.objective import squared_error, velocity_error
 from dsattn.pipelines.tiny.trainable import TrainableJoint, TrainableTiny, build_trainable
 from dsattn.report import environment
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from dsattn.pipelines.tiny import codec as patch_codec
 from dsattn.pipelines.tiny import data
 from dsattn.pipelines.tiny.batches import Batch, Clips, Loader
 from dsattn.pipelines.tiny.loader import export_weights, load_codec
+from dsattn.pipelines.tiny.objective import component_weights, pair_loss, squared_error, velocity_error
 from dsattn.pipelines.tiny.render import render
 from dsattn.pipelines.tiny.trainable import build_trainable
 from dsattn.pipelines.tiny.training import Optimizer, gradient
@@ -59,47 +59,6 @@ def fit_codec(seed: int, clips: int) -> patch_codec.PatchCodec:
         patches = patch_codec.to_patches(video).flatten(0, 3)
         rows.append(patches[torch.randperm(len(patches), generator=generator)[:300]])
     return patch_codec.fit(torch.cat(rows), Z_DIM, seed)
-
-
-def velocity_error(model: Callable[..., Tensor], batch: Batch) -> Tensor:
-    """Predicted minus true velocity, `[B, z, n]`."""
-    s = batch.level.view(-1, 1, 1)
-    noisy = (1 - s) * batch.latents + s * batch.noise
-    got = model(noisy, batch.level, batch.tokens, batch.mask, batch.positions)
-    return got - (batch.noise - batch.latents)
-
-
-def squared_error(error: Tensor) -> Tensor:
-    """Mean square of an error, one value per sample."""
-    return error.square().flatten(1).mean(1)
-
-
-def component_weights(codec: patch_codec.PatchCodec, power: float) -> Tensor:
-    """Weights of the codec's components in the loss, `[z, 1]`, of mean 1: `latents_std` ** `power`.
-
-    Latents are whitened half-way. At power 0 an error counts as in the latents, at 2 as in pixels.
-    """
-    weights = torch.tensor(codec.config.latents_std) ** power
-    return (weights / weights.mean())[:, None]
-
-
-def pair_loss(error: Tensor, weight: float, components: Tensor | float = 1.0) -> Tensor:
-    """Mean square of what a pair's two errors share, plus `weight` times that of what they differ in.
-
-    At weight 1 that is the mean squared error. Neighbours are pairs; over several workers clips are dealt in turn, so
-    one's other half may be elsewhere. A clip without one is its own. Squares are weighted with `components`, `[z, 1]`.
-    Only the gradient is that loss's, not the value.
-    """
-    rank, world, everyone = 0, 1, [error.detach()]
-    if dist.is_initialized():
-        rank, world = dist.get_rank(), dist.get_world_size()
-        everyone = [torch.empty_like(error) for _ in range(world)]
-        dist.all_gather(everyone, error.detach().contiguous())
-    dealt = torch.stack(everyone, dim=1).flatten(0, 1)
-    other = (torch.arange(len(dealt), device=error.device) ^ 1).clamp(max=len(dealt) - 1)
-    # With shared = (a + b) / 2 and differing = (a - b) / 2: half of the gradient is shared + weight differing.
-    pull = (1 + weight) * error.detach() + (1 - weight) * dealt[other][rank::world]
-    return (error * pull * components).mean()
 
 
 def training_step(
@@ -133,6 +92,8 @@ def training_step(
 
 @dataclass
 class Settings:
+    """One field for each option of the command line."""
+
     run: Path
     minutes: float
     steps: int
@@ -154,6 +115,11 @@ class Settings:
     grown: float = 0.0
     decay: float = 0.45
     component_power: float = 0.0
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Latent tokens per step, of all workers."""
+        return self.tokens or (65536 if self.device == "cuda" else 5760)
 
     def growth(self, fraction: float) -> float:
         """How far the growth of clips (`batches.GROWING`) is when a fraction of the budget is used up."""
@@ -259,79 +225,89 @@ def summary(done: list[dict[str, Tensor]], facts: dict[str, Any]) -> dict[str, A
     return last | facts | {"mean": mean, "by_noise": binned(list(zip(levels, errors, strict=True)))}
 
 
-def write_log(run: Path, record: dict[str, Any]) -> None:
-    with (run / "log.jsonl").open("a") as log:
-        log.write(json.dumps(record) + "\n")
+class Journal:
+    """What worker 0 keeps beside training: the log, and checkpoints with their loss on held-out clips."""
+
+    def __init__(self, state: Run, settings: Settings, clips: Clips) -> None:
+        self.state, self.settings, self.first_step = state, settings, state.step
+        count = settings.held_out
+        self.held_out = clips.held_out(count, HELD_OUT_GRID, HELD_OUT_LEVELS) if count else []
+        self.done: list[dict[str, Tensor]] = []  # the steps since the last line of the log
+        self.logged = self.saved = time.monotonic()
+        if state.step == 0:
+            self.log_held_out()  # of the weights it starts from
+
+    def add(self, record: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Take note of a step; a line of the log every 20 s, a checkpoint when it is time for one."""
+        self.done.append(record)
+        now = time.monotonic()
+        if now - self.logged > 20 or self.state.step == self.first_step + 1:
+            self.write(summary(self.done, self.when() | facts))
+            self.logged = now
+            self.done.clear()
+        if now - self.saved > 60 * self.settings.save_minutes:
+            self.checkpoint()
+            self.saved = time.monotonic()
+
+    def checkpoint(self) -> None:
+        """Save the run, export its averaged weights and log what they score on held-out clips."""
+        self.state.save()
+        if self.settings.export:
+            self.state.export(self.settings.export)
+        self.log_held_out()
+
+    def log_held_out(self) -> None:
+        """A line with what the averaged weights score on held-out clips; none without such clips."""
+        if self.held_out:
+            self.write(self.when() | {"held_out": self.state.held_out_error(self.held_out)})
+
+    def when(self) -> dict[str, Any]:
+        return {"step": self.state.step, "seconds": round(self.state.seconds, 1)}
+
+    def write(self, record: dict[str, Any]) -> None:
+        with (self.settings.run / "log.jsonl").open("a") as log:
+            log.write(json.dumps(record) + "\n")
 
 
-def checkpoint(state: Run, settings: Settings, held_out: list[Batch]) -> None:
-    """Save the run, export its averaged weights and log what they score on held-out clips."""
-    state.save()
-    if settings.export:
-        state.export(settings.export)
-    log_held_out(state, settings.run, held_out)
-
-
-def log_held_out(state: Run, run: Path, batches: list[Batch]) -> None:
-    """A line of the log with what the averaged weights score on held-out clips; none without such clips."""
-    if batches:
-        errors = state.held_out_error(batches)
-        write_log(run, {"step": state.step, "seconds": round(state.seconds, 1), "held_out": errors})
+def budget_used(state: Run, settings: Settings) -> float:
+    """The fraction of the budget that is used up, by the clock of worker 0."""
+    used = state.seconds / (60 * settings.minutes) if settings.minutes else state.step / settings.steps
+    clock = torch.tensor([used], dtype=torch.float64)
+    if settings.workers > 1:
+        dist.broadcast(clock, 0)
+    return clock.item()
 
 
 def train(rank: int, settings: Settings) -> None:
-    """The loop of one worker; worker 0 keeps the clock, the log and the checkpoints."""
+    """The loop of one worker; worker 0 keeps the clock and the journal."""
     torch.set_num_threads(settings.threads)
     if settings.workers > 1:
         store = dist.FileStore(str(settings.run / "rendezvous"), settings.workers)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=settings.workers)
     state = Run(settings.run, settings)
-    tokens = settings.tokens or (65536 if settings.device == "cuda" else 5760)
-    clips = Clips(state.codec, settings.seed, tokens, rank, settings.workers)
+    clips = Clips(state.codec, settings.seed, settings.tokens_per_step, rank, settings.workers)
     loader = Loader(clips, state.step, settings.loaders)
-    held_out = (
-        clips.held_out(settings.held_out, HELD_OUT_GRID, HELD_OUT_LEVELS) if rank == 0 and settings.held_out else []
-    )
-    if state.step == 0:
-        log_held_out(state, settings.run, held_out)  # of the weights it starts from
+    journal = Journal(state, settings, clips) if rank == 0 else None
     components = component_weights(state.codec, settings.component_power).to(settings.device)
     state.model.train()
-    parent = os.getppid()
-    last_save, last_log, session = time.monotonic(), time.monotonic(), 0
-    done: list[dict[str, Tensor]] = []  # the steps since the last line of the log
+    parent, first_step = os.getppid(), state.step
     while True:
         started = time.monotonic()
-        used = state.seconds / (60 * settings.minutes) if settings.minutes else state.step / settings.steps
-        clock = torch.tensor([used], dtype=torch.float64)
-        if settings.workers > 1:
-            dist.broadcast(clock, 0)
-        fraction = clock.item()
+        fraction = budget_used(state, settings)
         if settings.workers > 1 and os.getppid() != parent:
             raise RuntimeError("the process that started this worker is gone")
-        if fraction >= 1.0 or (settings.stop_after and session >= settings.stop_after):
+        if fraction >= 1.0 or (settings.stop_after and state.step - first_step >= settings.stop_after):
             break
         rate = learning_rate(fraction, settings.peak, settings.decay)
         batch = loader.next(settings.growth(fraction))
         record = training_step(state.model, state.optimizer, batch, rate, settings.pair_weight, components)
-        done += [record] if rank == 0 else []
-        state.step, session = state.step + 1, session + 1
+        state.step += 1
         state.update_ema()
         state.seconds += time.monotonic() - started
-        if rank == 0 and (time.monotonic() - last_log > 20 or session == 1):
-            facts = {
-                "step": state.step,
-                "seconds": round(state.seconds, 1),
-                "rate": rate,
-                "fraction": round(fraction, 4),
-            }
-            write_log(settings.run, summary(done, facts))
-            last_log = time.monotonic()
-            done.clear()
-        if rank == 0 and time.monotonic() - last_save > 60 * settings.save_minutes:
-            checkpoint(state, settings, held_out)
-            last_save = time.monotonic()
-    if rank == 0:
-        checkpoint(state, settings, held_out)
+        if journal:
+            journal.add(record, {"rate": rate, "fraction": round(fraction, 4)})
+    if journal:
+        journal.checkpoint()
         typer.echo(f"step {state.step}, {state.seconds / 60:.1f} min, checkpoint in {settings.run}")
     loader.close()
     if settings.workers > 1:
@@ -365,33 +341,13 @@ def main(
     ),
 ) -> None:
     """Train until the budget is used up."""
+    settings = Settings(**locals())
     if (minutes > 0) == (steps > 0):
         raise typer.BadParameter("give exactly one of --minutes and --steps")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if device == "auto":
+        settings.device = "cuda" if torch.cuda.is_available() else "cpu"
     run.mkdir(parents=True, exist_ok=True)
     (run / "rendezvous").unlink(missing_ok=True)
-    settings = Settings(
-        run,
-        minutes,
-        steps,
-        stop_after,
-        peak,
-        tokens,
-        seed,
-        threads,
-        workers,
-        save_minutes,
-        export,
-        device,
-        kind=kind,
-        init=init,
-        loaders=loaders,
-        held_out=held_out,
-        pair_weight=pair_weight,
-        grown=grown,
-        decay=decay,
-        component_power=component_power,
-    )
     if workers > 1:
         torch.multiprocessing.spawn(train, args=(settings,), nprocs=workers)
     else:

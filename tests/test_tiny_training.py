@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsattn.pipelines.tiny import batches, data, trainable, training
+from dsattn.pipelines.tiny import batches, data, objective, trainable, training
 from dsattn.pipelines.tiny.loader import WEIGHTS, WEIGHTS_JOINT, load_codec, load_tiny, load_tiny_joint
 from dsattn.pipelines.tiny.model import build_tokenizer
 from dsattn.pipelines.tiny.trainable import build_trainable, carry_words
@@ -88,13 +88,12 @@ def test_words_are_carried_by_spelling_and_kin() -> None:
 @pytest.mark.parametrize("count", [1, 4, 5])
 @pytest.mark.parametrize("weight", [1.0, 4.0])
 def test_the_loss_of_pairs_weighs_what_they_differ_in(count: int, weight: float) -> None:
-    training = script("train_tiny")
     error = torch.randn(count, 3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
     one, other = error[: count // 2 * 2].unflatten(0, (-1, 2)).unbind(1)
     shared, differing = (one + other) / 2, (one - other) / 2
     alone = error[count // 2 * 2 :].square().sum()
     wanted = (2 * (shared.square() + weight * differing.square()).sum() + alone) / error.numel()
-    got, want = (torch.autograd.grad(x, error)[0] for x in (training.pair_loss(error, weight), wanted))
+    got, want = (torch.autograd.grad(x, error)[0] for x in (objective.pair_loss(error, weight), wanted))
     assert torch.allclose(got, want, atol=1e-6)
     if weight == 1:
         assert torch.allclose(got, torch.autograd.grad(error.square().mean(), error)[0], atol=1e-6)
@@ -102,18 +101,18 @@ def test_the_loss_of_pairs_weighs_what_they_differ_in(count: int, weight: float)
 
 @pytest.mark.parametrize("weight", [1.0, 4.0])
 def test_at_power_two_the_loss_is_that_of_pixels(weight: float) -> None:
-    training, codec = script("train_tiny"), load_codec(WEIGHTS)
+    codec = load_codec(WEIGHTS)
     error = torch.randn(4, 32, 5, generator=torch.Generator().manual_seed(2), requires_grad=True)
     scale = torch.tensor(codec.config.latents_std)
     pixels = error.movedim(1, 2) * scale @ codec.components  # of every token, but for one constant
-    components = training.component_weights(codec, 2.0)
+    components = objective.component_weights(codec, 2.0)
     got, want = (
-        torch.autograd.grad(training.pair_loss(*args), error)[0]
+        torch.autograd.grad(objective.pair_loss(*args), error)[0]
         for args in ((error, weight, components), (pixels, weight))
     )
     want = want * (pixels[0, 0].numel() / 32) / scale.square().mean()
     assert torch.allclose(got, want, atol=1e-5 * float(want.abs().max()))
-    assert torch.equal(training.component_weights(codec, 0.0), torch.ones(32, 1))
+    assert torch.equal(objective.component_weights(codec, 0.0), torch.ones(32, 1))
 
 
 def test_the_rate_falls_over_the_share_it_is_told() -> None:
@@ -124,18 +123,17 @@ def test_the_rate_falls_over_the_share_it_is_told() -> None:
 
 
 def test_pairs_meet_across_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    training = script("train_tiny")
     error = torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    want = torch.autograd.grad(training.pair_loss(error, 3.0), error)[0]
-    monkeypatch.setattr(training.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(training.dist, "get_world_size", lambda: 2)
+    want = torch.autograd.grad(objective.pair_loss(error, 3.0), error)[0]
+    monkeypatch.setattr(objective.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(objective.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(
-        training.dist, "all_gather", lambda out, _: [o.copy_(error.detach()[i::2]) for i, o in enumerate(out)]
+        objective.dist, "all_gather", lambda out, _: [o.copy_(error.detach()[i::2]) for i, o in enumerate(out)]
     )
     for rank in range(2):
-        monkeypatch.setattr(training.dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(objective.dist, "get_rank", lambda rank=rank: rank)
         mine = error.detach()[rank::2].requires_grad_()
-        got = torch.autograd.grad(training.pair_loss(mine, 3.0), mine)[0]
+        got = torch.autograd.grad(objective.pair_loss(mine, 3.0), mine)[0]
         assert torch.allclose(got / 2, want[rank::2], atol=1e-6)  # a worker's mean is over its half
 
 
