@@ -43,7 +43,7 @@ HELD_OUT_GRID, HELD_OUT_LEVELS = (9, 12, 12), (0.5, 0.8, 0.9, 0.95)
 """What the loss of the averaged weights is measured on before and between steps, the same in every run."""
 
 
-def learning_rate(fraction: float, peak: float, decay: float = 0.45) -> float:
+def learning_rate(fraction: float, peak: float, decay: float) -> float:
     """Warm up for 2 % of the budget, hold, then fall linearly to 2 % over the last `decay` of it."""
     return peak * min(1.0, fraction / 0.02 + 1e-3, max(0.02, (1.0 - fraction) / decay))
 
@@ -272,10 +272,10 @@ class Journal:
 def budget_used(state: Run, settings: Settings) -> float:
     """The fraction of the budget that is used up, by the clock of worker 0."""
     used = state.seconds / (60 * settings.minutes) if settings.minutes else state.step / settings.steps
-    clock = torch.tensor([used], dtype=torch.float64)
+    clock = [used]
     if settings.workers > 1:
-        dist.broadcast(clock, 0)
-    return clock.item()
+        dist.broadcast_object_list(clock, 0)
+    return clock[0]
 
 
 def train(rank: int, settings: Settings) -> None:

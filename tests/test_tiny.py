@@ -91,9 +91,13 @@ def test_codec_psnr_on_held_out_clips(codec: PatchCodec, frames: int) -> None:
     assert psnr >= 32.0
 
 
-def test_latents_have_the_scale_of_the_noise(codec: PatchCodec) -> None:
-    # At the default size. Of smaller and shorter clips a block covers more of a scene, and latents are larger.
-    latents = codec.normalise(codec.encode(rendered(12, 16, 33, 256, 256, held_out=False)))
+@pytest.mark.parametrize(("size", "count", "seeds"), [((17, 128, 128), 24, 8), ((33, 256, 256), 16, 1)])
+def test_latents_have_the_scale_of_the_noise(
+    codec: PatchCodec, size: tuple[int, int, int], count: int, seeds: int
+) -> None:
+    # Clips differ much in this: the mean of 24 small ones is off by a sixth from one seed to the next.
+    drawn = (rendered(12 + seed, count, *size, held_out=False) for seed in range(seeds))
+    latents = torch.cat([codec.normalise(codec.encode(clips)) for clips in drawn])
     assert 0.6 < latents.square().mean() < 1.6
     spread = latents.std(dim=(0, 2, 3, 4))
     assert spread[0] > 2 * spread[-1]  # half-whitened: the order of the components survives

@@ -118,7 +118,7 @@ def test_at_power_two_the_loss_is_that_of_pixels(weight: float) -> None:
 def test_the_rate_falls_over_the_share_it_is_told() -> None:
     rate = script("train_tiny").learning_rate
     assert rate(0.02, 1.0, 1.0) == pytest.approx(0.98) and rate(0.5, 1.0, 1.0) == pytest.approx(0.5)
-    assert [rate(f, 1.0) for f in (0.5, 0.55, 0.775, 1.0)] == pytest.approx([1.0, 1.0, 0.5, 0.02])
+    assert [rate(f, 1.0, 0.45) for f in (0.5, 0.55, 0.775, 1.0)] == pytest.approx([1.0, 1.0, 0.5, 0.02])
     assert rate(1.0, 1.0, 1.0) == pytest.approx(0.02)
 
 

@@ -64,7 +64,7 @@ TURNS = {"clockwise": 1, "anticlockwise": -1}
 BOUNCES = ("bounce-vertical", "bounce-horizontal")
 MOVING = (*DIRECTIONS, *TURNS, *BOUNCES)
 MOTIONS = (*MOVING, "still")
-AXES = ("left", "right", "up", "down")
+AXES = tuple(d for d, step in DIRECTIONS.items() if 0 in step)
 DIAGONALS = tuple(d for d in DIRECTIONS if d not in AXES)
 MOTION_SHARES: dict[tuple[str, ...], float] = {("still",): 0.06, AXES: 0.28, DIAGONALS: 0.24, (*TURNS, *BOUNCES): 0.42}
 """How often something in training moves in each way; what turns is nearly half, because it takes longest to learn."""
