@@ -95,6 +95,18 @@ def test_every_phase_and_grid_is_reached() -> None:
     assert all(math.isclose(sum(p.shares), 1) for p in batches.GROWING) and math.isinf(batches.GROWING[-1].until)
 
 
+@pytest.mark.parametrize("tokens", [1, 256, 1280, 9216, 10**6])
+def test_more_tokens_bear_more_noise(tokens: int) -> None:
+    levels = batches.sample_noise_levels(20_000, tokens, torch.Generator().manual_seed(0))
+    assert levels.min() > 0 and levels.max() < 1
+    more = min(1.0, max(-1.0, 0.5 * math.log(tokens / 1280)))
+    # Above a logit of 3 + more lie the normals above (2 - ln 5) / 0.9, of four samples in five, and hardly any other.
+    want = 0.8 * 0.5 * math.erfc((2 - math.log(5)) / 0.9 / math.sqrt(2))
+    want += 0.2 * 0.5 * math.erfc((2.7 + more) / math.sqrt(2))
+    got = (torch.logit(levels) > 3 + more).float().mean().item()
+    assert abs(got - want) < 4 * math.sqrt(want * (1 - want) / 20_000)
+
+
 def test_many_clips_are_seen_in_part_at_first(clips: batches.Clips) -> None:
     def picked(step: int) -> batches.Grid:
         return batches.pick_grid(np.random.default_rng((clips.seed, step)), 0.0)[0]

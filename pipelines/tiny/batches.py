@@ -33,6 +33,9 @@ from dsattn.pipelines.tiny.render import render
 Grid = tuple[int, int, int]
 """Latent frames, height and width."""
 
+LAYOUT_TOKENS = 5 * 16 * 16
+"""Tokens of 17 x 128 x 128 pixels, for which the noise levels of training were found."""
+
 STILL: tuple[Grid, ...] = (
     (1, 12, 12),
     (1, 12, 12),
@@ -71,8 +74,8 @@ class Phase:
 GROWING = (
     Phase(0.60, 384, (0.25, 0.15, 0.10, 0.00, 0.50)),
     Phase(0.80, 768, (0.40, 0.20, 0.15, 0.00, 0.25)),
-    Phase(0.92, 1536, (0.30, 0.20, 0.20, 0.05, 0.25)),
-    Phase(math.inf, 2304, (0.25, 0.25, 0.20, 0.15, 0.15)),
+    Phase(0.92, 1536, (0.27, 0.20, 0.20, 0.08, 0.25)),
+    Phase(math.inf, 2304, (0.25, 0.20, 0.20, 0.20, 0.15)),
 )
 
 
@@ -98,13 +101,19 @@ def pick_positions(rng: np.random.Generator, grid: Grid, keep: int) -> Tensor:
     return torch.from_numpy(np.argwhere(kept))
 
 
-def sample_noise_levels(batch: int, generator: torch.Generator) -> Tensor:
-    """Logit-normal with the scheduler's shift; a quarter of the samples is unshifted so that detail is learnt too."""
+def sample_noise_levels(batch: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """Noise levels for clips of which `tokens` tokens are seen; most are levels at which a clip's layout is settled.
+
+    Logit-normal. The more tokens tell of an object, the more noise it takes to hide it: the mean of the logit grows by
+    half the logarithm of their number, as the shift of Stable Diffusion 3 does (https://arxiv.org/abs/2403.03206), but
+    by no more than one either way. A fifth of the samples is at lower levels, so that detail is learnt too.
+    """
     normal = torch.randn(batch, generator=generator)
-    shifted = normal * 1.1 + math.log(FLOW_SHIFT) + 0.6
-    plain = normal + 0.3
-    keep = torch.rand(batch, generator=generator) < 0.75
-    return torch.sigmoid(torch.where(keep, shifted, plain)).clamp(0.002, 0.9995)
+    more = min(1.0, max(-1.0, 0.5 * math.log(tokens / LAYOUT_TOKENS)))
+    layout = 0.9 * normal + math.log(FLOW_SHIFT) + 1.0 + more
+    detail = normal + 0.3
+    keep = torch.rand(batch, generator=generator) < 0.8
+    return torch.sigmoid(torch.where(keep, layout, detail)).clamp(0.002, 0.9995)
 
 
 @dataclass
@@ -151,7 +160,7 @@ class Clips:
             scenes += pair
             captions += ["" if rng.random() < 0.1 else s.caption for s in pair]
             generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-            level.append(sample_noise_levels(1, generator).expand(2))
+            level.append(sample_noise_levels(1, len(positions), generator).expand(2))
             noise.append(torch.randn(1, self.codec.config.z_dim, len(positions), generator=generator).expand(2, -1, -1))
         mine = slice(self.rank, count, self.world)
         levels, noises = torch.cat(level)[mine], torch.cat(noise)[mine]
